@@ -1,0 +1,33 @@
+"""Keeps an asyncio service inside its memory limit: declare, verify, grant, track, report."""
+
+from __future__ import annotations
+
+from .bounds import ComponentBounds, MemoryBounds, MemoryBoundsBuilder, UsageExpr
+from .component import Component
+from .context import current_component
+from .exceptions import (
+    BoundsError,
+    FirmLimitExceedsAvailable,
+    GrantError,
+    GrantReleased,
+    GrantTimeout,
+    GrantTooLarge,
+    InsufficientMinimumMemory,
+    InvalidComponentBounds,
+    InvalidLimit,
+    LimitError,
+    LimitNotDetected,
+    MemboundError,
+    NoCurrentLimiter,
+    QuotaExceeded,
+    UnknownComponent,
+)
+from .grant import MemoryGrant, grant, grant_nowait
+from .limiter import MemoryLimiter, current_limiter
+from .limits import MemoryLimit
+from .pressure import PressurePolicy
+from .probes import MemoryProbe, PressureStall
+from .registry import ComponentRegistry
+from .settings import LimiterSettings
+from .statistics import ComponentStatistics, LimiterStatistics
+from .verifier import BoundsVerifier, VerifiedBounds

@@ -1,0 +1,31 @@
+"""Whose code is running: the context variable, and the limiters the process has entered."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .component import Component
+    from .limiter import MemoryLimiter
+
+__all__ = ["Scope", "current_component", "current_scope", "process_limiters"]
+
+
+class Scope(NamedTuple):
+    """One ``async with component:``, and the one around it."""
+
+    component: Component
+    outer: Scope | None
+
+
+current_scope: ContextVar[Scope | None] = ContextVar("membound_scope", default=None)
+
+process_limiters: list[MemoryLimiter] = []
+"""The limiters that are entered or installed, each once."""
+
+
+def current_component() -> Component | None:
+    """Give the component whose ``async with`` block this code runs in; None outside any."""
+    scope = current_scope.get()
+    return None if scope is None else scope.component

@@ -1,0 +1,1097 @@
+"""The limiter: waits, delays and looks at memory, and lets the ledger decide."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+
+import anyio
+import anyio.lowlevel
+
+from .bounds import ROOT
+from .component import Component
+from .context import Scope, current_component, current_scope, process_limiters
+from .eventloop import EventLoop, Handle, ThreadPlace, running_loop
+from .events import log
+from .exceptions import (
+    BoundsError,
+    GrantTimeout,
+    GrantTooLarge,
+    InvalidLimit,
+    LimitError,
+    NoCurrentLimiter,
+    UnknownComponent,
+)
+from .grant import MemoryGrant, make_grant
+from .limits import MemoryLimit, resolve
+from .probes import MemoryProbe, check_reading, read_pressure
+from .quota import NO_LIMIT, Account, Ledger
+from .registry import ComponentRegistry
+from .rehearsal import Rehearsal
+from .settings import LimiterSettings
+from .sizes import MAX_BYTES, format_size, parse_size
+from .statistics import ComponentStatistics, LimiterStatistics
+from .verifier import BoundsVerifier, VerifiedBounds
+from .waiters import Kind, Request, State
+
+if TYPE_CHECKING:
+    from weakref import ref
+
+    from .waiters import Queue
+
+__all__ = ["MemoryLimiter", "current_limiter"]
+
+Mode = Literal["strict", "permissive", "disabled"]
+
+LIMIT_LOOK_SECONDS = 1.0
+"""How often a limit that may change is read again, at most."""
+
+REPORTED = 10
+"""How many holders and waiters a stall report names."""
+
+
+class _NoMemory:
+    """The probe of a limiter that measures nothing."""
+
+    name = "nothing"
+
+    def read(self) -> int:
+        return 0
+
+
+class MemoryLimiter:
+    """Divides memory among components, and makes callers wait or slows them under pressure.
+
+    It has no task and no thread, so nothing must be started: make one, and use it in any
+    event loop, one at a time (asyncio, uvloop, trio), and from threads. ``async with
+    limiter:`` makes it the current one of the block and of the process, and checks for
+    leaks at its end; ``install()`` makes it the process's without a scope.
+
+    Args:
+        limit: bytes the process may use, or ``"512MiB"``; None for ``MEMBOUND_LIMIT``, else
+            the smallest that the container, the rlimits and the machine set.
+        slop_factor: part of the limit held back for what nobody can account; None for
+            ``MEMBOUND_SLOP_FACTOR``, else 0.15.
+        share: the part of what nobody else holds that one component may have; None for
+            ``MEMBOUND_SHARE``, else 1/2 (bus1). 1 is plain first come, first served.
+        baseline: bytes in use before anything is granted; None to measure it now, and again
+            when the limiter is entered before it was used.
+        probe: what measures memory; None for what the limit counts.
+        observe: grant everything at once, and only report what would have been done; None
+            for ``MEMBOUND_OBSERVE``, else False.
+        mode: what to do with bounds that do not fit: ``"strict"`` raises, ``"permissive"``
+            logs and goes on, ``"disabled"`` does not look; None for ``MEMBOUND_MODE``, else
+            strict.
+        processes: how many processes share the limit; None for ``WEB_CONCURRENCY``, else 1.
+        settings: the other knobs; None for the environment's, else the defaults.
+
+    Raises:
+        InvalidLimit: an argument or environment variable makes no sense, the probe cannot be
+            read, or the baseline leaves nothing of the limit.
+        LimitNotDetected: there is no limit to be found.
+    """
+
+    def __init__(
+        self,
+        limit: int | str | None = None,
+        *,
+        slop_factor: float | None = None,
+        share: Fraction | float | int | None = None,
+        baseline: int | str | None = None,
+        probe: MemoryProbe | None = None,
+        observe: bool | None = None,
+        mode: Mode | None = None,
+        processes: int | None = None,
+        settings: LimiterSettings | None = None,
+    ) -> None:
+        self.settings = LimiterSettings.from_environment() if settings is None else settings
+        self._mode = _parse_mode(_given(mode, "MODE", "strict"))
+        self._observe = _parse_switch(_given(observe, "OBSERVE", False), "observe")
+        self._fixed_baseline = None if baseline is None else _size(baseline, "baseline")
+        fraction = _parse_share(_given(share, "SHARE", Fraction(1, 2)))
+        slop = _parse_slop(_given(slop_factor, "SLOP_FACTOR", 0.15))
+        found = resolve(limit, processes=processes)
+        self._limit = MemoryLimit(found.limit_bytes, slop, found.source)
+        self._reread_limit = found.reread
+        self._limit_exceeds = found.exceeds
+        self._pressure_path = found.pressure_path
+        self._probe: MemoryProbe = found.probe if probe is None else probe
+        self._setup(fraction)
+        if found.exceeds is not None:
+            log().warning(
+                "membound.limit_above_available",
+                limit_bytes=found.limit_bytes,
+                limit_source=found.source,
+                lower_limit=found.exceeds,
+                remedy="leave limit= out to have the lower one kept",
+            )
+
+    def _setup(self, share: Fraction) -> None:
+        self.registry = ComponentRegistry()
+        self._lock = threading.Lock()
+        self._grants: set[ref[MemoryGrant]] = set()
+        self._abandoned: deque[tuple[Account, int, bool]] = deque()
+        self._loop: EventLoop | None = None
+        self._loop_token: object = self
+        self._now = time.monotonic
+        self._timer: Handle | None = None
+        self._entered = 0
+        self._used = False
+        self._verified: tuple[int, int] | None = None
+        self._adopted: list[Component] = []
+        self._rehearsal = Rehearsal()
+        self._wait_seconds: dict[Account, float] = {}
+        self._delay_seconds: dict[Account, float] = {}
+        self._samples = self._failures = 0
+        self._failing_since: float | None = None
+        self._stalled = False
+        self._progress_moved = 0
+        self._progress_at = self._now()
+        self._yield_at = self._sample_at = self._limit_look_at = -math.inf
+        self._calm_until = -math.inf
+        """Until when the fast path may be used: no reading and no yield is due, no delay."""
+        self._delay = 0.0
+        measured = self._first_reading()
+        self._peak_measured = measured
+        self._ledger = Ledger(
+            self._limit.effective_bytes,
+            baseline=self._checked_baseline(measured),
+            share=share,
+            bypass_limit=self.settings.bypass_limit_bytes,
+        )
+        self._components: dict[str, Component] = {}
+        self.root = self._node(ROOT)
+        self._observe_reading(measured, self._now())
+
+    @classmethod
+    def noop(cls) -> Self:
+        """Give a limiter that limits nothing, measures nothing and needs no limit.
+
+        Grants and components work as ever and are counted; nobody waits. It may be used in
+        several event loops at once.
+        """
+        limiter = cls.__new__(cls)
+        limiter.settings = LimiterSettings()
+        limiter._mode = "disabled"
+        limiter._observe = True
+        limiter._fixed_baseline = 0
+        limiter._limit = MemoryLimit(MAX_BYTES, 0, "none")
+        limiter._reread_limit = limiter._limit_exceeds = limiter._pressure_path = None
+        limiter._probe = _NoMemory()
+        limiter._setup(Fraction(1))
+        return limiter
+
+    def __repr__(self) -> str:
+        return (
+            f"<MemoryLimiter {format_size(self._limit.limit_bytes)} from {self._limit.source}, "
+            f"{format_size(self._ledger.free)} free>"
+        )
+
+    # --- what it is
+
+    @property
+    def limit(self) -> MemoryLimit:
+        """The limit that is kept now, its slop factor and who set it."""
+        return self._limit
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether it limits nothing; see ``noop()``."""
+        return isinstance(self._probe, _NoMemory)
+
+    def statistics(self) -> LimiterStatistics:
+        """Take a reading of memory, and give everything there is to know as a snapshot.
+
+        From the limiter's event loop, or from a thread. Costs time in proportion to the
+        number of components, grants and waiters.
+        """
+        now = self._now()
+        self._sample(now)
+        with self._lock:
+            ledger = self._ledger
+            policy, limit = self.settings.pressure, ledger.limit
+            held = self._count_grants()
+            would_wait_seconds = self._rehearsal.seconds(now)
+            return LimiterStatistics(
+                limit_bytes=self._limit.limit_bytes,
+                limit_source=self._limit.source,
+                slop_factor=self._limit.slop_factor,
+                effective_limit_bytes=limit,
+                baseline_bytes=ledger.baseline,
+                measured_bytes=ledger.measured,
+                peak_measured_bytes=self._peak_measured,
+                measured_name=self._probe.name,
+                drift_bytes=ledger.drift,
+                free_bytes=ledger.free,
+                committed_bytes=ledger.committed,
+                level=policy.level(ledger.measured, limit),
+                delay_seconds=self._delay,
+                samples=self._samples,
+                probe_failures=self._failures,
+                grants=sum(held.values()),
+                waiting=ledger.waiters.count,
+                observe=self._observe,
+                would_wait=sum(self._rehearsal.waits.values()),
+                would_wait_seconds=sum(would_wait_seconds.values()),
+                would_refuse=sum(self._rehearsal.refusals.values()),
+                pressure_stall=None if self.is_noop else read_pressure(self._pressure_path),
+                components=tuple(
+                    self._describe(ledger.accounts[path], held, would_wait_seconds)
+                    for path in sorted(self._components)
+                ),
+            )
+
+    # --- components
+
+    def component(
+        self, path: str, minimum: int | str = 0, firm_limit: int | str | None = None
+    ) -> Component:
+        """Give the component of that dotted path, the same one each time.
+
+        Args:
+            path: ``"decode"``, ``"ingest.decode"``.
+            minimum: bytes it needs to work at all; reserved while it is entered.
+            firm_limit: the most it may ever hold, minimum included; None for no limit but
+                the quota.
+
+        Raises:
+            InvalidComponentBounds: the bounds make no sense, or it has others already.
+        """
+        if minimum != 0 or firm_limit is not None:
+            self.registry.declare(path, minimum=minimum, firm_limit=firm_limit)
+        found = self._components.get(path)
+        if found is None:
+            if path == ROOT:
+                return self.root
+            found = self._node(path)
+        elif minimum != 0 or firm_limit is not None:
+            self._declare(found)
+        return found
+
+    def add(self, component: Component) -> Component:
+        """Take a component of a subclass in, and declare what it and its parts need.
+
+        Returns:
+            The same component.
+
+        Raises:
+            InvalidComponentBounds: its bounds make no sense, its path has others already, or
+                it belongs to another limiter.
+        """
+        if component._limiter is not None and component._limiter is not self:
+            raise LimitError(f"{component!r} belongs to another limiter; make a new one")
+        if component._limiter is None:
+            self.registry.register(component.path, component)
+            self._components.setdefault(component.path, component)
+            self._join(component)
+            below = component.path + "."
+            for path in self.registry:
+                if path.startswith(below):
+                    self._declare(self.component(path))
+        return component
+
+    def find(self, path: str) -> Component:
+        """Give the component of that path.
+
+        Raises:
+            UnknownComponent: there is none; names those that there are.
+        """
+        found = self._components.get(path)
+        if found is None:
+            raise UnknownComponent(path, tuple(list(self._components)[:20]))
+        return found
+
+    def verify(self) -> VerifiedBounds:
+        """Check that what all components declare fits into the limit.
+
+        Done by itself whenever a component is entered after something new was declared.
+
+        Raises:
+            InsufficientMinimumMemory: the minimums do not fit.
+            FirmLimitExceedsAvailable: the firm limits do not fit.
+        """
+        return BoundsVerifier(
+            self.registry,
+            self._ledger.limit,
+            self._ledger.baseline,
+            self.settings.overcommit,
+            slop_factor=self._limit.slop_factor,
+        ).verify()
+
+    # --- grants
+
+    def grant(
+        self,
+        nbytes: int | str,
+        *,
+        up_to: int | str | None = None,
+        component: Component | str | None = None,
+        timeout: float | None = None,
+        oversize: Literal["raise", "alone"] = "raise",
+    ) -> MemoryGrant:
+        """Give a grant of this limiter: ``async with limiter.grant(n): ...``.
+
+        For the component named, else the one whose code is running if it belongs to this
+        limiter, else ``root``. See ``membound_async.grant`` for the arguments and errors.
+        """
+        return make_grant(self._target(component), nbytes, up_to, timeout, oversize)
+
+    def grant_nowait(
+        self,
+        nbytes: int | str,
+        *,
+        up_to: int | str | None = None,
+        component: Component | str | None = None,
+    ) -> MemoryGrant:
+        """Give a grant of this limiter that is held already; see ``membound_async.grant_nowait``."""
+        return make_grant(self._target(component), nbytes, up_to, None, "raise")._acquire_nowait()
+
+    def _target(self, component: Component | str | None) -> Component:
+        if isinstance(component, str):
+            return self.find(component)
+        if component is None:
+            component = current_component()
+            if component is None or component._limiter is not self:
+                return self.root
+        return component._resolve()
+
+    # --- the limit
+
+    def resize(self, limit: int | str) -> None:
+        """Change the limit. Nothing is revoked; who waits and fits now comes in.
+
+        A limit below what is out is kept by granting nothing until enough has come back.
+        Waiters that could not be met by the new limit any more get ``GrantTooLarge``.
+
+        Raises:
+            InvalidLimit: it makes no sense, or the baseline leaves nothing of it.
+        """
+        self._resize(_size(limit, "limit"), "resize()")
+        self._reread_limit = None
+
+    def _resize(self, limit_bytes: int, source: str) -> None:
+        changed = MemoryLimit(limit_bytes, self._limit.slop_factor, source)
+        baseline = self._ledger.baseline
+        if changed.effective_bytes <= baseline:
+            raise _below_baseline(changed, baseline, self._probe.name)
+        log().info(
+            "membound.limit_changed",
+            limit_bytes=limit_bytes,
+            before_bytes=self._limit.limit_bytes,
+            limit_source=source,
+        )
+        with self._lock:
+            self._limit = changed
+            self._verified = None
+            settled = self._ledger.resize(changed.effective_bytes)
+            settled += self._observe_reading(self._ledger.measured, self._now())
+        self._wake(settled)
+
+    # --- its scope
+
+    def install(self) -> None:
+        """Make it the process's limiter: the current one of all code outside any other.
+
+        Raises:
+            BoundsError: in mode strict, what is declared does not fit.
+        """
+        self._start()
+        if self not in process_limiters:
+            process_limiters.append(self)
+
+    def uninstall(self) -> None:
+        """Undo ``install()``."""
+        if self in process_limiters:
+            process_limiters.remove(self)
+        if not self._entered:
+            self._let_go()
+
+    async def __aenter__(self) -> Self:
+        self._start()
+        self._entered += 1
+        if self not in process_limiters:
+            process_limiters.append(self)
+        current_scope.set(Scope(self.root, current_scope.get()))
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope = current_scope.get()
+        if scope is not None and scope.component is self.root:
+            current_scope.set(scope.outer)
+        self._entered -= 1
+        if self._entered:
+            return
+        if self in process_limiters:
+            process_limiters.remove(self)
+        self._let_go()
+        self._drain()
+        leaked = {
+            account.name: account.granted
+            for account in self._ledger.accounts.values()
+            if account.granted
+        }
+        if leaked:
+            log().warning("membound.grants_leaked", granted_bytes=leaked)
+            if exc_type is None:
+                names = ", ".join(f"{name}: {format_size(n)}" for name, n in leaked.items())
+                warnings.warn(
+                    f"the limiter's block has ended, but grants are still out: {names}",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
+
+    def _start(self) -> None:
+        """Measure the baseline again if nothing was granted yet, and verify."""
+        if not self._used and self._fixed_baseline is None:
+            measured = self._first_reading()
+            baseline = self._checked_baseline(measured)
+            with self._lock:
+                self._ledger.rebase(baseline)
+                self._observe_reading(measured, self._now())
+        self._verify_if_changed()
+
+    def _let_go(self) -> None:
+        """Let components that came by themselves be used with another limiter."""
+        for component in self._adopted:
+            if not component._account.granted and not component._account.entries:
+                component._limiter = component._account = None
+                self._components.pop(component.path, None)
+        self._adopted.clear()
+
+    # --- components, inside
+
+    def _node(self, path: str) -> Component:
+        """Make the component of a path that is not in use yet."""
+        self.registry.component(path)
+        component = Component.__new__(Component)
+        component.path = path
+        self._components[path] = component
+        self._join(component)
+        return component
+
+    def _join(self, component: Component) -> None:
+        component._limiter = self
+        component._account = self._ledger.account(component.path)
+        self._declare(component)
+
+    def _declare(self, component: Component) -> None:
+        """Take over what the registry says of a component's bounds."""
+        node = self.registry.component(component.path)
+        firm = node.firm_limit_bytes
+        minimum, firm_limit = node.minimum_bytes, NO_LIMIT if firm is None else firm
+        account: Account = component._account
+        if (account.minimum, account.firm_limit) != (minimum, firm_limit):
+            with self._lock:
+                settled = self._ledger.declare(account, minimum, firm_limit)
+            self._wake(settled)
+
+    def _adopt(self, component: Component) -> Component:
+        """Give the component to charge for one that is used here without being added."""
+        if self is _nobody:
+            return self.root
+        self.add(component)
+        self._adopted.append(component)
+        return component
+
+    def _verify_if_changed(self) -> None:
+        totals = (self.registry.total_minimum_bytes, self.registry.total_firm_limit_bytes)
+        if self._mode == "disabled" or totals == self._verified:
+            return
+        try:
+            self.verify()
+        except BoundsError as error:
+            if self._mode == "strict":
+                raise
+            log().warning("membound.bounds_do_not_fit", reason=str(error))
+        self._verified = totals
+
+    async def _enter(self, component: Component) -> None:
+        account: Account = component._account
+        self._verify_if_changed()
+        with self._lock:
+            if self._ledger.enter_again(account):
+                return
+        request = Request(account, account.minimum, Kind.ENTER)
+        if self._mode != "strict":
+            with self._lock:
+                if self._ledger.refusal(request) is not None:
+                    self._ledger.force(request)
+                    return
+        await self._acquire(request, None)
+
+    def _leave(self, component: Component) -> None:
+        account: Account = component._account
+        with self._lock:
+            settled = self._ledger.leave(account)
+            out = account.granted if not account.entries else 0
+            grants = self._count_grants().get(account, 0) if out else 0
+        self._wake(settled)
+        if out and component is not self.root:
+            log().warning(
+                "membound.left_with_grants_out",
+                component=component.path,
+                granted_bytes=out,
+                grants=grants,
+            )
+
+    # --- requests
+
+    async def _acquire(self, request: Request, timeout: float | None) -> None:
+        """Wait until the request is admitted, and for the delay if there is pressure.
+
+        On any exception, a cancellation included, nothing is charged.
+        """
+        loop = self._bind()
+        now = self._now()
+        if now >= self._yield_at:
+            await anyio.lowlevel.checkpoint()
+            now = self._now()
+            self._yield_at = now + self.settings.yield_after_seconds
+            self._calm()
+        self._sample_if_due(request.nbytes, now)
+        with self._lock:
+            settled = self._ask(request, now)
+            waits = request.state is State.WAITING
+            if waits:
+                request.owner = place = loop.place()
+                request.asked_at = now
+        self._wake(settled)
+        try:
+            if waits:
+                self._arm(loop)
+                if timeout is None:
+                    await place
+                else:
+                    with anyio.move_on_after(timeout):
+                        await place
+                self._waited(request, now)
+            if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
+                delay = self._delay
+                self._add(self._delay_seconds, request.account, delay)
+                await anyio.sleep(delay)
+        except BaseException:
+            self._withdraw(request, now)
+            raise
+        request.owner = None
+
+    def _acquire_nowait(self, request: Request) -> None:
+        """Admit the request now or raise ``QuotaExceeded``; never waits and is not delayed."""
+        if asyncio._get_running_loop() is not self._loop_token and running_loop() is not None:
+            self._bind()
+        now = self._now()
+        self._sample_if_due(request.nbytes, now)
+        with self._lock:
+            if self._observe:
+                self._rehearse(request, now)
+            else:
+                self._used = True
+                self._ledger.request_nowait(request)
+
+    def _acquire_blocking(self, request: Request, timeout: float | None) -> None:
+        """The same as ``_acquire`` for a thread, which is blocked."""
+        if running_loop() is not None:
+            raise RuntimeError(
+                "`with grant(...)` would block the event loop that runs in this thread; use "
+                "`async with`"
+            )
+        clock = time.monotonic
+        started = clock()
+        self._sample_if_due(request.nbytes, self._now())
+        place = ThreadPlace()
+        with self._lock:
+            settled = self._ask(request, self._now())
+            if waits := request.state is State.WAITING:
+                request.owner = place
+                request.asked_at = self._now()
+        self._wake(settled)
+        try:
+            if waits:
+                deadline = math.inf if timeout is None else started + timeout
+                while not place.wait(min(self._interval(), max(0.0, deadline - clock()))):
+                    if request.state is State.WAITING and clock() >= deadline:
+                        break
+                    if self._loop is None or self._loop.ended:
+                        self._look()
+                self._waited(request, request.asked_at)
+            if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
+                self._add(self._delay_seconds, request.account, self._delay)
+                time.sleep(self._delay)
+        except BaseException:
+            self._withdraw(request, request.asked_at)
+            raise
+        request.owner = None
+
+    def _ask(self, request: Request, now: float) -> list[Request]:
+        """Put the request to the ledger; with the lock held."""
+        self._used = True
+        if self._observe:
+            self._rehearse(request, now)
+            return []
+        if not self._ledger.waiters.count:
+            self._progress_at, self._progress_moved = now, self._ledger.moved
+        return self._ledger.request(request)
+
+    def _rehearse(self, request: Request, now: float) -> None:
+        """Charge the request whatever the rules say, and note what they would have said."""
+        ledger, account = self._ledger, request.account
+        if ledger.refusal(request) is not None:
+            self._rehearsal.refused(account)
+        else:
+            missing = ledger.missing(request)
+            if missing > 0:
+                self._rehearsal.waited(account, ledger.free + missing - request.nbytes, now)
+        ledger.force(request)
+
+    def _waited(self, request: Request, since: float) -> None:
+        """Note the end of a wait; raise if it has not ended in an admission."""
+        seconds = self._now() - since
+        if request.state is State.WAITING:
+            raise GrantTimeout(request.account.name, request.nbytes, seconds)
+        self._add(self._wait_seconds, request.account, seconds)
+        if request.state is State.IMPOSSIBLE:
+            with self._lock:
+                error = self._ledger.refusal(request)
+            raise error or GrantTooLarge(
+                request.account.name, request.nbytes, 0, "the limit or its bounds have changed"
+            )
+
+    def _withdraw(self, request: Request, since: float) -> None:
+        """Undo a request that nobody waits for any more, whatever has become of it."""
+        with self._lock:
+            if request.state is State.WAITING:
+                self._add(self._wait_seconds, request.account, self._now() - since)
+                settled = self._ledger.cancel(request)
+            elif request.state is not State.ADMITTED:
+                return
+            elif request.kind is Kind.ENTER:
+                settled = self._ledger.leave(request.account)
+            else:
+                settled = list(
+                    self._ledger.give_back(
+                        request.account, request.nbytes, exclusive=request.exclusive
+                    )
+                )
+        self._wake(settled)
+
+    def _give_back(self, account: Account, nbytes: int, *, exclusive: bool = False) -> None:
+        with self._lock:
+            settled = self._ledger.give_back(account, nbytes, exclusive=exclusive)
+        self._wake(settled)
+
+    def _abandon(self, account: Account, nbytes: int, exclusive: bool) -> None:
+        """Queue what a garbage-collected grant held. Takes no lock: may run anywhere."""
+        self._abandoned.append((account, nbytes, exclusive))
+        if self._loop is not None:
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Give back what was queued by finalisers."""
+        while self._abandoned:
+            account, nbytes, exclusive = self._abandoned.popleft()
+            log().warning(
+                "membound.grant_leaked", component=account.name, granted_bytes=nbytes
+            )
+            self._give_back(account, nbytes, exclusive=exclusive)
+        self._grants = {reference for reference in self._grants if reference() is not None}
+
+    def _wake(self, settled: Iterable[Request]) -> None:
+        """Let those that wait for these requests go on, wherever they wait."""
+        for request in settled:
+            place = request.owner
+            if isinstance(place, ThreadPlace):
+                place.wake()
+            elif place is not None and self._loop is not None:
+                if threading.get_ident() in self._loop:
+                    self._loop.wake(place)
+                else:
+                    self._loop.call_soon(partial(self._loop.wake, place))
+
+    # --- the event loop
+
+    def _bind(self) -> EventLoop:
+        """Give the running event loop, after making it the one that is served."""
+        loop = self._loop
+        if loop is not None and asyncio._get_running_loop() is self._loop_token:
+            return loop
+        running = running_loop()
+        if running is None:
+            raise RuntimeError(
+                "no event loop runs in this thread; use `with grant(...)`, which blocks it"
+            )
+        if loop is not None:
+            if loop.token is running.token:
+                return loop
+            if not loop.ended and (self._grants or self._ledger.waiters.count):
+                if self.is_noop:
+                    return running
+                raise LimitError(
+                    "another event loop is using this limiter: it holds "
+                    f"{len(self._grants)} grants, and {self._ledger.waiters.count} requests "
+                    "wait; use `with grant(...)` from threads, or a limiter for each loop"
+                )
+        with self._lock:
+            self._loop = running
+            self._now = running.now
+            self._timer = None
+            self._yield_at = self._sample_at = self._limit_look_at = -math.inf
+            self._failing_since = None
+            self._calm_until = -math.inf
+            self._loop_token = running.token
+        return running
+
+    def _arm(self, loop: EventLoop) -> None:
+        """Have memory looked at from time to time while anybody waits."""
+        if self._timer is None:
+            self._timer = loop.call_later(self._interval(), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._look()
+        if self._ledger.waiters.count and self._loop is not None:
+            self._arm(self._loop)
+
+    def _look(self) -> None:
+        """Look at memory and at those who wait."""
+        self._drain()
+        now = self._now()
+        self._sample(now)
+        if self._ledger.waiters.count:
+            self._lift_barriers(now)
+            self._watch_for_stall(now)
+        elif self._stalled:
+            self._watch_for_stall(now)
+
+    # --- the world
+
+    def _sample_if_due(self, nbytes: int, now: float) -> None:
+        if self._abandoned:
+            self._drain()
+        if now >= self._sample_at or self._ledger.moved + nbytes > self._ledger.look_at:
+            self._sample(now)
+
+    def _sample(self, now: float) -> None:
+        """Read memory and the limit, and let in who fits now."""
+        if self._abandoned:
+            self._drain()
+        if self._reread_limit is not None and now >= self._limit_look_at:
+            self._limit_look_at = now + LIMIT_LOOK_SECONDS
+            self._look_at_limit()
+        measured = self._read(now)
+        with self._lock:
+            settled = self._observe_reading(measured, now)
+        self._wake(settled)
+
+    def _observe_reading(self, measured: int, now: float) -> list[Request]:
+        """Take a reading into account; with the lock held."""
+        ledger, policy = self._ledger, self.settings.pressure
+        limit = ledger.limit
+        self._samples += 1
+        self._peak_measured = max(self._peak_measured, measured)
+        self._delay = policy.delay_seconds(measured, limit)
+        self._sample_at = now + policy.interval_seconds(measured, limit)
+        self._calm()
+        settled = ledger.observe(
+            measured,
+            pressed=measured > policy.threshold * limit,
+            look_after=policy.unsampled_bytes(measured, limit),
+        )
+        if self._observe:
+            self._rehearsal.settle(ledger.free, now)
+        return settled
+
+    def _calm(self) -> None:
+        calm = min(self._yield_at, self._sample_at)
+        self._calm_until = -math.inf if self._delay and not self._observe else calm
+
+    def _interval(self) -> float:
+        return self.settings.pressure.interval_seconds(self._ledger.measured, self._ledger.limit)
+
+    def _read(self, now: float) -> int:
+        """Read the probe. If it fails, the last reading counts, and after a while pressure."""
+        try:
+            measured = check_reading(self._probe.read(), self._probe.name)
+            if measured == 0 and self._fixed_baseline != 0:
+                raise ValueError(f"probe {self._probe.name!r} read 0 bytes, which cannot be")
+        except Exception as error:
+            self._failures += 1
+            if self._failing_since is None:
+                self._failing_since = now
+                log().warning(
+                    "membound.probe_failed",
+                    probe=self._probe.name,
+                    error=repr(error),
+                    kept_bytes=self._ledger.measured,
+                )
+            measured = self._ledger.measured
+            if now - self._failing_since >= self.settings.stale_after_seconds:
+                measured = max(measured, self._ledger.limit)
+            return measured
+        if self._failing_since is not None:
+            self._failing_since = None
+            log().info("membound.probe_recovered", probe=self._probe.name)
+        return measured
+
+    def _first_reading(self) -> int:
+        name = getattr(self._probe, "name", type(self._probe).__name__)
+        try:
+            measured = check_reading(self._probe.read(), name)
+        except Exception as error:
+            raise InvalidLimit(
+                f"the probe {name!r} cannot be read: {error}; pass another one with probe="
+            ) from error
+        if measured == 0 and self._fixed_baseline != 0:
+            raise InvalidLimit(
+                f"the probe {name!r} reads 0 bytes, but no running process uses none; pass "
+                "another one with probe=, or baseline=0 in a test"
+            )
+        return measured
+
+    def _checked_baseline(self, measured: int) -> int:
+        baseline = measured if self._fixed_baseline is None else self._fixed_baseline
+        if baseline >= self._limit.effective_bytes:
+            raise _below_baseline(self._limit, baseline, self._probe.name)
+        return baseline
+
+    def _look_at_limit(self) -> None:
+        assert self._reread_limit is not None
+        try:
+            limit_bytes = self._reread_limit()
+            if limit_bytes != self._limit.limit_bytes:
+                self._resize(limit_bytes, self._limit.source)
+        except (OSError, InvalidLimit) as error:
+            log().warning("membound.limit_not_read", error=str(error))
+            if isinstance(error, OSError):
+                self._limit_look_at = math.inf
+
+    def _lift_barriers(self, now: float) -> None:
+        """Lift barriers that were not served for long: they may wait for ever."""
+        settled: list[Request] = []
+        with self._lock:
+            for barrier in self._ledger.waiters.barriers():
+                if barrier.barred_at is None:
+                    barrier.barred_at = now
+                elif now - barrier.barred_at >= self.settings.stall_after_seconds:
+                    settled += self._ledger.lift(barrier)
+        self._wake(settled)
+
+    def _watch_for_stall(self, now: float) -> None:
+        """Report once when nothing moves although somebody waits, and once when it does."""
+        moved, waiting = self._ledger.moved, self._ledger.waiters.count
+        if moved != self._progress_moved or not waiting:
+            if self._stalled:
+                self._stalled = False
+                log().info("membound.stall_ended", after_seconds=now - self._progress_at)
+            self._progress_moved, self._progress_at = moved, now
+        elif not self._stalled and now - self._progress_at >= self.settings.stall_after_seconds:
+            self._stalled = True
+            log().warning("membound.stalled", **self._stall_report(now))
+
+    def _stall_report(self, now: float) -> dict[str, Any]:
+        """Say who holds what since when, and who waits for what, the largest first."""
+        with self._lock:
+            ledger = self._ledger
+            oldest: dict[Account, float] = {}
+            for reference in list(self._grants):
+                grant = reference()
+                if grant is not None:
+                    account = grant._component._account
+                    oldest[account] = min(oldest.get(account, now), grant._since)
+            holders = sorted(
+                (account for account in ledger.accounts.values() if account.granted),
+                key=lambda account: -account.granted,
+            )
+            queues: list[tuple[Account, Queue]] = [
+                (account, account.queue)
+                for account in ledger.accounts.values()
+                if account.queue is not None
+            ]
+            waiters = [
+                {
+                    "component": account.name,
+                    "wanted_bytes": head.nbytes,
+                    "waiting": len(queue.grows) + len(queue.requests),
+                    "waited_seconds": round(now - head.asked_at, 3),
+                }
+                for account, queue in queues
+                if (head := queue.head()) is not None
+            ]
+            waiters.sort(key=lambda waiter: -waiter["waited_seconds"])  # type: ignore[operator]
+            return {
+                "stalled_seconds": round(now - self._progress_at, 3),
+                "free_bytes": ledger.free,
+                "drift_bytes": ledger.drift,
+                "measured_bytes": ledger.measured,
+                "waiting": ledger.waiters.count,
+                "holders": [
+                    {
+                        "component": account.name,
+                        "granted_bytes": account.granted,
+                        "oldest_seconds": round(now - oldest.get(account, now), 3),
+                    }
+                    for account in holders[:REPORTED]
+                ],
+                "waiters": waiters[:REPORTED],
+            }
+
+    # --- snapshots, inside
+
+    @staticmethod
+    def _add(totals: dict[Account, float], account: Account, seconds: float) -> None:
+        totals[account] = totals.get(account, 0.0) + seconds
+
+    def _count_grants(self) -> dict[Account, int]:
+        counts: dict[Account, int] = {}
+        for reference in list(self._grants):
+            grant = reference()
+            if grant is not None:
+                account = grant._component._account
+                counts[account] = counts.get(account, 0) + 1
+        return counts
+
+    def _component_statistics(self, account: Account) -> ComponentStatistics:
+        with self._lock:
+            seconds = self._rehearsal.seconds(self._now())
+            return self._describe(account, self._count_grants(), seconds)
+
+    def _describe(
+        self, account: Account, held: dict[Account, int], would_wait_seconds: dict[Account, float]
+    ) -> ComponentStatistics:
+        waiting = list(account.queue) if account.queue is not None else []
+        return ComponentStatistics(
+            path=account.name,
+            minimum_bytes=account.minimum,
+            firm_limit_bytes=None if account.firm_limit == NO_LIMIT else account.firm_limit,
+            entered=account.entries,
+            granted_bytes=account.granted,
+            live_bytes=account.live,
+            peak_granted_bytes=account.peak,
+            grants=held.get(account, 0),
+            waiting=len(waiting),
+            waiting_bytes=sum(request.nbytes for request in waiting),
+            total_wait_seconds=self._wait_seconds.get(account, 0.0),
+            total_delay_seconds=self._delay_seconds.get(account, 0.0),
+            admissions=account.admissions,
+            refusals=account.refusals,
+            would_wait=self._rehearsal.waits.get(account, 0),
+            would_wait_seconds=would_wait_seconds.get(account, 0.0),
+            would_refuse=self._rehearsal.refusals.get(account, 0),
+        )
+
+
+_nobody = MemoryLimiter.noop()
+"""Who is asked when there is no limiter."""
+
+_warned_of_nobody = False
+
+
+def current_limiter(*, besides: Component | None = None) -> MemoryLimiter:
+    """Give the limiter that code without a name for one means.
+
+    The one of the context, else the only one that the process has entered or installed; a
+    ``noop()`` one, and one warning, if there is none.
+
+    Args:
+        besides: a component whose own block does not count as context.
+
+    Raises:
+        NoCurrentLimiter: it is not clear which; or there is none, with MEMBOUND_REQUIRED=1.
+    """
+    scope = current_scope.get()
+    while scope is not None:
+        if scope.component is not besides and scope.component._limiter is not None:
+            found: MemoryLimiter = scope.component._limiter
+            return found
+        scope = scope.outer
+    if len(process_limiters) == 1:
+        return process_limiters[0]
+    if process_limiters or _parse_switch(os.environ.get("MEMBOUND_REQUIRED", ""), "REQUIRED"):
+        raise NoCurrentLimiter(len(process_limiters))
+    global _warned_of_nobody
+    if not _warned_of_nobody:
+        _warned_of_nobody = True
+        log().warning(
+            "membound.no_limiter",
+            remedy="grants limit nothing; use `async with MemoryLimiter():`, "
+            "limiter.install() or `membound run`",
+        )
+    return _nobody
+
+
+# --- arguments
+
+
+def _given(value: Any, variable: str, default: Any) -> Any:
+    """Give the argument, else the environment variable, else the default."""
+    if value is not None:
+        return value
+    return os.environ.get(f"MEMBOUND_{variable}", "").strip() or default
+
+
+def _refuse(name: str, value: object, remedy: str) -> NoReturn:
+    raise InvalidLimit(f"{name}={value!r} (or MEMBOUND_{name.upper()}) makes no sense: {remedy}")
+
+
+def _size(value: int | str, name: str) -> int:
+    try:
+        return parse_size(value, name)
+    except (TypeError, ValueError) as error:
+        raise InvalidLimit(str(error)) from None
+
+
+def _parse_mode(value: Any) -> Mode:
+    if value not in ("strict", "permissive", "disabled"):
+        _refuse("mode", value, 'use "strict", "permissive" or "disabled"')
+    mode: Mode = value
+    return mode
+
+
+def _parse_switch(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word not in ("", "0", "false", "no", "off"):
+        _refuse(name, value, "use 1 or 0")
+    return False
+
+
+def _parse_slop(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
+
+
+def _parse_share(value: Any) -> Fraction:
+    try:
+        share = Fraction(str(value) if isinstance(value, float) else value)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        share = Fraction(0)
+    if isinstance(value, bool) or not 0 < share <= 1:
+        _refuse("share", value, "use a part above 0 and at most 1, for example Fraction(1, 2)")
+    return share
+
+
+def _below_baseline(limit: MemoryLimit, baseline: int, measured_name: str) -> InvalidLimit:
+    return InvalidLimit(
+        f"the limit of {format_size(limit.limit_bytes)} ({limit.source}) less a slop factor of "
+        f"{limit.slop_factor:g} is {format_size(limit.effective_bytes)}, but "
+        f"{format_size(baseline)} are in use before anything is granted ({measured_name}); "
+        "raise the limit, lower slop_factor, or import less"
+    )

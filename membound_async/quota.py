@@ -1,0 +1,591 @@
+"""The quota: who may have how much of the limit, and who has to wait for how much.
+
+What is free, in bytes (``k`` runs over the components)::
+
+    g_k = granted        live_k = really allocated        m_k = minimum, while entered
+    C_k = max(m_k, g_k, live_k)                           what k has of the limit
+    R   = L - B - D - sum(C_k)                            what is free
+    D   = max(0, M - B - W)                               measured, but granted to nobody
+
+The rule, from bus1 (Linux, resource accounting): "for any given request, the resources
+available to the consumer making the request is half the resources not currently consumed by
+anybody else". With ``s = C - m``, what a component holds of the pool, a request that draws
+``c`` from the pool fits iff ``s + c <= share * (R + s)``; with ``share = p/q``, in integers::
+
+    q*(s + c) <= p*(R + s)    <=>    R >= T = ceil((q*c + (q - p)*s) / p)
+
+The threshold T depends on nothing but the component itself, so a waiter is woken when R has
+risen to its T, and the smallest T of all tells whether anybody is.
+
+What is left of the component's own minimum is used first and is no draw on the pool: with
+``d = max(g, live) - m`` (negative while some of it is left) a request of ``n`` draws
+``c = n + min(d, 0)``, and ``s = max(d, 0)``. A request with ``c <= 0`` needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
+from .waiters import READY, Kind, Queue, Request, State, Waiters
+
+__all__ = ["NO_LIMIT", "Account", "Ledger"]
+
+NO_LIMIT = 1 << 63
+"""The firm limit of an account that has none."""
+
+
+class Account:
+    """What one component has of the limit. Read it; only its ledger writes it.
+
+    Attributes:
+        name: the component's path.
+        minimum: bytes reserved for it while it is entered.
+        firm_limit: the most it may hold, minimum included.
+        reserved: ``m``: the minimum while entered, else 0.
+        granted: ``g``.
+        live: what its code really has allocated; 0 if that is not tracked.
+        excess: ``d = max(granted, live) - reserved``.
+        peak: the most that was granted at one time.
+        entries: how often it is entered now.
+        admissions: grants and grows given so far.
+        refusals: grants and grows refused so far.
+        queue: who waits; None if nobody does.
+    """
+
+    __slots__ = (
+        "admissions",
+        "entries",
+        "excess",
+        "firm_limit",
+        "granted",
+        "live",
+        "minimum",
+        "name",
+        "peak",
+        "queue",
+        "refusals",
+        "reserved",
+    )
+
+    def __init__(self, name: str, minimum: int, firm_limit: int) -> None:
+        self.name = name
+        self.minimum = minimum
+        self.firm_limit = firm_limit
+        self.reserved = 0
+        self.granted = 0
+        self.live = 0
+        self.excess = 0
+        self.peak = 0
+        self.entries = 0
+        self.admissions = 0
+        self.refusals = 0
+        self.queue: Queue | None = None
+
+
+class Ledger:
+    """Decides about every request, and remembers who has what. Pure: no clock, no I/O.
+
+    Whatever can let waiters in returns the requests it has settled, in order: each is
+    ``ADMITTED`` and charged already, or has become ``IMPOSSIBLE``. Amounts are bytes.
+
+    Args:
+        limit: ``L``, the effective limit.
+        baseline: ``B``, what was in use before anything was granted.
+        share: the part of what nobody else holds that a component may have.
+        bypass_limit: how many pool bytes may be granted past a waiter; None for ``L``.
+
+    Attributes:
+        free: ``R``; negative when more is out than there is.
+        drift: ``D``, as of the last reading.
+        measured: ``M``, the last reading.
+        moved: how much was granted and given back so far; grows with every change.
+        look_at: the value of ``moved`` past which memory must be measured again.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        baseline: int = 0,
+        share: Fraction = Fraction(1, 2),
+        bypass_limit: int | None = None,
+    ) -> None:
+        if not 0 < share <= 1:
+            raise InvalidLimit(
+                f"share={share}: a request may have a part above 0 and at most 1 of what "
+                "nobody else holds, for example Fraction(1, 2)"
+            )
+        self.limit = limit
+        self.baseline = baseline
+        self.drift = 0
+        self.measured = baseline
+        self.free = limit - baseline
+        self.moved = 0
+        self.look_at = 1 << 63
+        self.waiters = Waiters()
+        self.accounts: dict[str, Account] = {}
+        self._p, self._q = share.numerator, share.denominator
+        self._bypass_limit = bypass_limit
+        self._reserved = 0
+        self._tracked = False
+        self._lowest_free = self.free
+        self._exclusive: Account | None = None
+        self._closed = False
+
+    # --- accounts
+
+    def account(self, name: str, minimum: int = 0, firm_limit: int = NO_LIMIT) -> Account:
+        """Give the account of that name; it is opened with these bounds if it is new."""
+        account = self.accounts.get(name)
+        if account is None:
+            account = self.accounts[name] = Account(name, minimum, firm_limit)
+        return account
+
+    def declare(self, account: Account, minimum: int, firm_limit: int) -> list[Request]:
+        """Set the bounds of an account. A minimum counts from the next time it is entered."""
+        account.minimum = minimum
+        account.firm_limit = firm_limit
+        return self._bounds_changed(account)
+
+    def enter_again(self, account: Account) -> bool:
+        """Enter an account that needs no reservation; False if it has to be requested."""
+        if account.entries == 0 and account.minimum > 0:
+            return False
+        account.entries += 1
+        return True
+
+    def leave(self, account: Account) -> list[Request]:
+        """Leave an account; the last to leave gives up its minimum.
+
+        What was granted out of it stays charged until it is given back.
+        """
+        account.entries = max(0, account.entries - 1)
+        if account.entries or not account.reserved:
+            return []
+        self._update(account, account.granted, 0, account.live)
+        return self._bounds_changed(account)
+
+    def set_live(self, account: Account, live: int) -> list[Request]:
+        """Note what the component's code really has allocated."""
+        self._tracked = self._tracked or live > 0
+        self._update(account, account.granted, account.reserved, live)
+        return self._changed(account)
+
+    # --- numbers
+
+    @property
+    def committed(self) -> int:
+        """Sum of ``C_k``: reserved, granted or really used."""
+        return self.limit - self.baseline - self.drift - self.free
+
+    @property
+    def highest_committed(self) -> int:
+        """``W``: the highest sum of ``C_k``; heap up to there may be reused, so it is no drift."""
+        return self.limit - self.baseline - self.drift - self._lowest_free
+
+    @property
+    def bypass_limit(self) -> int:
+        """How many pool bytes may be granted past a waiter before it becomes a barrier."""
+        return self.limit if self._bypass_limit is None else self._bypass_limit
+
+    def draw(self, account: Account, nbytes: int) -> int:
+        """``c``: what a request of ``nbytes`` takes from the pool; 0 or less if nothing."""
+        return nbytes + min(account.excess, 0)
+
+    def threshold(self, account: Account, draw: int) -> int:
+        """``T``: how much must be free for the account to draw that much."""
+        held = max(account.excess, 0)
+        return -((-self._q * draw - (self._q - self._p) * held) // self._p)
+
+    def available(self, account: Account) -> int:
+        """The most that the account could have at once, now."""
+        if account.queue is not None:
+            return 0
+        most = max(-account.excess, 0)
+        if not self._closed and self.measured < self.limit:
+            most += self._allowed(account)
+        return max(0, min(most, account.firm_limit - account.granted))
+
+    def most(self, account: Account) -> int:
+        """The most that the account could have in one grant if nobody else had anything."""
+        reserved = account.reserved
+        pool = self._p * (self.limit - self.baseline - reserved) // self._q
+        return max(0, min(account.firm_limit, reserved + pool))
+
+    def most_alone(self, account: Account) -> int:
+        """The most that one grant could have with the pool to itself."""
+        others = self._reserved - account.reserved
+        return max(0, min(account.firm_limit, self.limit - self.baseline - others))
+
+    # --- requests
+
+    def admit(self, account: Account, nbytes: int) -> bool:
+        """Charge a new grant if nobody is ahead, it fits, and no reading is due.
+
+        The fast path, in one piece: False says only that ``request`` must decide.
+        """
+        moved = self.moved + nbytes
+        granted = account.granted + nbytes
+        if account.queue is not None or granted > account.firm_limit or moved > self.look_at:
+            return False
+        excess = account.excess
+        if excess < 0:
+            draw = nbytes + excess
+            held = 0
+        else:
+            draw = nbytes
+            held = excess
+        if draw > 0:
+            free = self.free
+            if self._closed or self._q * (held + draw) > self._p * (free + held):
+                return False
+            self.waiters.passed_bytes += draw
+            excess = (granted if granted > account.live else account.live) - account.reserved
+            self.free = free = free + held - excess
+            if free < self._lowest_free:
+                self._lowest_free = free
+            if self.waiters.count:
+                self._bar_overdue()
+        else:
+            excess = (granted if granted > account.live else account.live) - account.reserved
+        account.excess = excess
+        account.granted = granted
+        if granted > account.peak:
+            account.peak = granted
+        account.admissions += 1
+        self.moved = moved
+        return True
+
+    def request(self, request: Request) -> list[Request]:
+        """Ask in order: it is settled at once, or waits.
+
+        Raises:
+            GrantTooLarge: not even an idle limiter could give that much; nothing changed.
+        """
+        error = self.refusal(request)
+        if error is not None:
+            request.account.refusals += 1
+            raise error
+        if self.waiters.add(request):
+            return self._changed(request.account)
+        return []
+
+    def request_nowait(self, request: Request) -> None:
+        """Ask for it now or not at all: on return it is admitted.
+
+        Raises:
+            GrantTooLarge: not even an idle limiter could give that much.
+            QuotaExceeded: there is no room now, or somebody is ahead. Nothing changed.
+        """
+        account = request.account
+        error = self.refusal(request) or self._obstacle(request)
+        if error is not None:
+            account.refusals += 1
+            raise error
+        self._charge(request)
+        self._bar_overdue()
+
+    def force(self, request: Request) -> None:
+        """Charge a request whatever the rules say of it."""
+        self._charge(request)
+
+    def cancel(self, request: Request) -> list[Request]:
+        """Take back a request that waits; those behind it may come in."""
+        self.waiters.remove(request, State.CANCELLED)
+        return self._changed(request.account)
+
+    def give_back(
+        self, account: Account, nbytes: int, *, exclusive: bool = False
+    ) -> list[Request] | tuple[()]:
+        """Return granted bytes; ``exclusive`` if the grant that held the pool alone is over."""
+        granted = account.granted - nbytes
+        assert granted >= 0, "more given back than granted"
+        excess = account.excess
+        account.granted = granted
+        account.excess = now = (
+            granted if granted > account.live else account.live
+        ) - account.reserved
+        self.free += (excess if excess > 0 else 0) - (now if now > 0 else 0)
+        self.moved += nbytes
+        if exclusive:
+            self._exclusive = None
+            self._closed = self.waiters.barred
+        return self._changed(account) if self.waiters.count else ()
+
+    def lift(self, barrier: Request) -> list[Request]:
+        """Make a barrier an ordinary waiter again: what it waits for may be held for good."""
+        self.waiters.lift(barrier)
+        return self._changed(barrier.account)
+
+    def refusal(self, request: Request) -> GrantTooLarge | None:
+        """Say why a request could not even be met by an idle limiter; None if it could."""
+        account = request.account
+        name = account.name
+        if request.kind is Kind.ENTER:
+            if account.minimum <= self.limit - self.baseline:
+                return None
+            return GrantTooLarge(
+                name, account.minimum, self.limit - self.baseline, "limit less baseline"
+            )
+        total = request.nbytes + request.held
+        most = self.most_alone(account) if request.alone else self.most(account)
+        if total <= most:
+            return None
+        if most == account.firm_limit:
+            reason = "its firm limit"
+        elif request.alone:
+            reason = "limit less baseline and the others' minimums"
+        else:
+            reason = f"a share of {self._p}/{self._q} of limit less baseline"
+        return GrantTooLarge(name, total, most, reason)
+
+    # --- the world
+
+    def observe(self, measured: int, *, pressed: bool, look_after: int) -> list[Request]:
+        """Take a reading of memory: drift is what it shows beyond anything promised.
+
+        Args:
+            measured: ``M``.
+            pressed: M is above the pressure threshold, so heap that was granted once and
+                kept by the allocator counts as drift now: there is no room for it.
+            look_after: how much may be granted and given back until the next reading.
+        """
+        committed = self.committed
+        highest = committed if pressed else self.highest_committed
+        self.measured = measured
+        self.look_at = self.moved + look_after
+        return self._set_capacity(
+            self.limit, max(0, measured - self.baseline - highest), committed, highest
+        )
+
+    def rebase(self, baseline: int) -> None:
+        """Set the baseline anew, before anything is granted."""
+        committed, highest = self.committed, self.highest_committed
+        self.baseline = baseline
+        self._set_capacity(self.limit, self.drift, committed, highest)
+
+    def missing(self, request: Request) -> int:
+        """How much more would have to be free for the request by the rule; 0 or less if none."""
+        draw = self._need(request)
+        return self._needed_free(request, draw) - self.free if draw > 0 else 0
+
+    def resize(self, limit: int) -> list[Request]:
+        """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
+        settled = self._set_capacity(limit, self.drift, self.committed, self.highest_committed)
+        settled += self._drop_impossible(self.accounts.values())
+        return settled + self._dispatch()
+
+    # --- inside
+
+    def _set_capacity(
+        self, limit: int, drift: int, committed: int, highest: int
+    ) -> list[Request]:
+        self.limit = limit
+        self.drift = drift
+        capacity = limit - self.baseline - drift
+        self.free = capacity - committed
+        self._lowest_free = capacity - highest
+        return self._dispatch() if self.waiters.count else []
+
+    def _allowed(self, account: Account) -> int:
+        """What the rule lets the account draw from the pool now."""
+        held = max(account.excess, 0)
+        return max(0, (self._p * self.free - (self._q - self._p) * held) // self._q)
+
+    def _update(self, account: Account, granted: int, reserved: int, live: int) -> None:
+        """Set what the account has; everything that is derived from it follows."""
+        before = account.reserved + max(account.excess, 0)
+        self._reserved += reserved - account.reserved
+        account.granted, account.reserved, account.live = granted, reserved, live
+        account.excess = max(granted, live) - reserved
+        self.free += before - reserved - max(account.excess, 0)
+        self._lowest_free = min(self._lowest_free, self.free)
+
+    def _need(self, request: Request) -> int:
+        """``c`` of a request: what it would draw from the pool."""
+        account = request.account
+        if request.kind is Kind.ENTER:
+            return max(0, account.minimum - account.reserved - max(account.excess, 0))
+        return self.draw(account, request.nbytes)
+
+    def _needed_free(self, request: Request, draw: int) -> int:
+        """``T`` of a request that draws that much."""
+        if draw <= 0:
+            return READY
+        if request.kind is Kind.ENTER:
+            return draw
+        return self.threshold(request.account, draw)
+
+    def _over_firm(self, request: Request) -> bool:
+        """Whether it waits for its own component to give something back."""
+        account = request.account
+        return (
+            request.kind is not Kind.ENTER
+            and account.granted + request.nbytes > account.firm_limit
+        )
+
+    def _oversize(self, request: Request) -> bool:
+        """Whether it can be met only by letting it have the pool alone."""
+        return request.alone and request.nbytes + request.held > self.most(request.account)
+
+    def _obstacle(self, request: Request) -> QuotaExceeded | None:
+        """Say why a request cannot be met without waiting; None if it can."""
+        account = request.account
+        draw = self.draw(account, request.nbytes)
+        if account.queue is not None:
+            reason = "others of the component wait already"
+        elif self._over_firm(request):
+            reason = "its firm limit"
+        elif draw <= 0:
+            return None
+        elif self._exclusive is not None:
+            reason = "one grant holds the pool alone"
+        elif self._closed:
+            reason = "a request that has waited long goes first"
+        elif self.measured >= self.limit:
+            reason = "measured memory is at the limit"
+        elif self._oversize(request) or self.threshold(account, draw) > self.free:
+            reason = f"its share of what nobody else holds ({self.free} bytes are free)"
+        else:
+            return None
+        return QuotaExceeded(account.name, request.nbytes, self.available(account), reason)
+
+    def _charge(self, request: Request, *, in_turn: bool = True) -> None:
+        """Admit a request; ``in_turn`` if by the rule, and so with as much as that allows."""
+        account = request.account
+        draw = self._need(request)
+        request.state = State.ADMITTED
+        if request.kind is Kind.ENTER:
+            account.entries += 1
+            self._update(account, account.granted, account.minimum, account.live)
+        else:
+            if in_turn and request.up_to > request.nbytes:
+                most = max(-account.excess, 0) + (0 if self._closed else self._allowed(account))
+                most = min(request.up_to, most, account.firm_limit - account.granted)
+                request.nbytes = max(request.nbytes, most)
+                draw = self._need(request)
+            if not in_turn and self._oversize(request):
+                request.exclusive = True
+                self._exclusive = account
+            self._update(
+                account, account.granted + request.nbytes, account.reserved, account.live
+            )
+            account.peak = max(account.peak, account.granted)
+            account.admissions += 1
+            self.moved += request.nbytes
+        request.pooled = draw > 0
+        self.waiters.passed_bytes += max(draw, 0)
+        self._closed = self._exclusive is not None or self.waiters.barred
+
+    def _changed(self, account: Account) -> list[Request]:
+        """Look again at who waits after an account has changed."""
+        if not self.waiters.count:
+            return []
+        self._place(account)
+        return self._dispatch()
+
+    def _bounds_changed(self, account: Account) -> list[Request]:
+        """Likewise after its bounds have changed, which may make waiters impossible."""
+        return self._drop_impossible((account,)) + self._changed(account)
+
+    def _drop_impossible(self, accounts: Iterable[Account]) -> list[Request]:
+        """Take out the waiters of these accounts that can never be met any more."""
+        dropped = [
+            request
+            for account in accounts
+            for request in account.queue or ()
+            if self.refusal(request) is not None
+        ]
+        for request in dropped:
+            self.waiters.remove(request, State.IMPOSSIBLE)
+            request.account.refusals += 1
+            self._place(request.account)
+        return dropped
+
+    def _place(self, account: Account) -> None:
+        """Rank the head of an account's queue anew, and see who of it counts."""
+        queue = account.queue
+        if queue is None:
+            return
+        waiters = self.waiters
+        fronts = queue.fronts()
+        for front in fronts:
+            if front.barrier and self._over_firm(front):
+                waiters.stop_counting(front)
+        head = queue.head()
+        for front in fronts:
+            if front is not head:
+                front.rank = None
+            elif self._over_firm(front):
+                front.rank = None
+                waiters.stop_counting(front)
+                continue
+            else:
+                waiters.rank(front, self._needed_free(front, self._need(front)))
+            if front.mark is None:
+                waiters.count_from_now(front)
+
+    def _bar_overdue(self) -> None:
+        """Make barriers of the fronts that too much was granted past."""
+        waiters = self.waiters
+        while (front := waiters.pop_overdue(self.bypass_limit)) is not None:
+            if self._over_firm(front):
+                waiters.stop_counting(front)
+            else:
+                waiters.bar(front)
+                self._place(front.account)
+        self._closed = self._exclusive is not None or waiters.barred
+
+    def _dispatch(self) -> list[Request]:
+        """Admit everybody whose turn it is."""
+        settled = []
+        self._bar_overdue()
+        while (turn := self._next()) is not None:
+            request, in_turn = turn
+            self.waiters.remove(request, State.ADMITTED)
+            self._charge(request, in_turn=in_turn)
+            self._place(request.account)
+            self._bar_overdue()
+            settled.append(request)
+            if request.kind is Kind.ENTER and self.waiters.alone:
+                settled += self._drop_impossible(self.accounts.values())
+        return settled
+
+    def _next(self) -> tuple[Request, bool] | None:
+        """Give who may come in next, and whether by the rule; None if nobody may."""
+        waiters = self.waiters
+        first = waiters.smallest()
+        if first is not None and first.rank is not None and first.rank[0] == READY:
+            return first, True
+        if self._exclusive is not None:
+            queue = self._exclusive.queue
+            first = next(iter(queue.grows), None) if queue is not None else None
+            if first is None or not first.exclusive:
+                return None
+        elif waiters.barred:
+            first = waiters.first_barrier()
+        if first is None:
+            return None
+        draw = self._need(first)
+        if self._needed_free(first, draw) <= self.free and not self._oversize(first):
+            return first, True
+        # Memory may fall only by working on, so somebody must, whatever the drift.
+        if draw <= self.free + self.drift and self._pool_is_idle(first):
+            return first, False
+        return None
+
+    def _pool_is_idle(self, request: Request) -> bool:
+        """Whether no grant out of the pool is held but the one that the request grows."""
+        account = request.account
+        beyond = max(0, account.granted - account.reserved)
+        if max(0, account.granted - request.held - account.reserved):
+            return False
+        if self._tracked:
+            return not any(
+                other.granted > other.reserved
+                for other in self.accounts.values()
+                if other is not account
+            )
+        return self.committed - self._reserved == beyond

@@ -1,0 +1,117 @@
+"""Every knob of a limiter in one frozen, validated object; each has an environment variable."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from .exceptions import InvalidLimit
+from .pressure import PressurePolicy
+from .sizes import parse_size
+
+__all__ = ["LimiterSettings"]
+
+_FALSE = frozenset({"0", "false", "no", "off"})
+_TRUE = frozenset({"1", "true", "yes", "on"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimiterSettings:
+    """What a limiter does besides its limit; the defaults suit most programs.
+
+    ``MEMBOUND_<NAME>`` sets the field of that name where the program does not:
+    ``MEMBOUND_STALL_AFTER_SECONDS=30``; the fields of ``pressure`` likewise
+    (``MEMBOUND_THRESHOLD=0.9``).
+
+    Attributes:
+        overcommit: how many times the available memory the firm limits together may
+            promise; at least 1.
+        stall_after_seconds: waiters, and nothing granted or given back for that long, are
+            reported; a barrier that was not served for that long is lifted.
+        bypass_limit_bytes: how many bytes of the pool may be granted past a waiter before
+            nobody else is served; None for the effective limit.
+        yield_after_seconds: uncontended grants let other tasks run once in that time.
+        stale_after_seconds: a probe that has failed for that long counts as full pressure.
+        debug: releasing a grant twice raises ``GrantReleased`` instead of being ignored.
+        pressure: thresholds, delays and sampling intervals.
+
+    Raises:
+        InvalidLimit: a value makes no sense; names it and says what would.
+    """
+
+    overcommit: float = 1.0
+    stall_after_seconds: float = 10.0
+    bypass_limit_bytes: int | None = None
+    yield_after_seconds: float = 0.001
+    stale_after_seconds: float = 2.0
+    debug: bool = False
+    pressure: PressurePolicy = field(default_factory=PressurePolicy)
+
+    def __post_init__(self) -> None:
+        _check_at_least("overcommit", self.overcommit, 1.0)
+        for name in ("stall_after_seconds", "yield_after_seconds", "stale_after_seconds"):
+            _check_at_least(name, getattr(self, name), 1e-6)
+        if self.bypass_limit_bytes is not None:
+            try:
+                bypass = parse_size(self.bypass_limit_bytes, "bypass_limit_bytes")
+            except (TypeError, ValueError) as error:
+                raise InvalidLimit(str(error)) from None
+            object.__setattr__(self, "bypass_limit_bytes", bypass)
+        if not isinstance(self.debug, bool):
+            raise InvalidLimit(f"debug={self.debug!r} must be True or False")
+        if not isinstance(self.pressure, PressurePolicy):
+            raise InvalidLimit(f"pressure={self.pressure!r} must be a PressurePolicy")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Give the defaults, with what the environment variables change.
+
+        Raises:
+            InvalidLimit: a variable does not parse or is out of range; names it.
+        """
+        try:
+            pressure = PressurePolicy(**_from(environ, PressurePolicy, {}))
+            parsers: dict[str, Callable[[str], Any]] = {
+                "debug": _parse_switch,
+                "bypass_limit_bytes": parse_size,
+            }
+            return cls(pressure=pressure, **_from(environ, cls, parsers))
+        except InvalidLimit as error:
+            raise InvalidLimit(f"in the environment: {error}") from None
+
+
+def _from(
+    environ: Mapping[str, str], settings: type[Any], parsers: Mapping[str, Callable[[str], Any]]
+) -> dict[str, Any]:
+    """Read the variables that name fields of ``settings``."""
+    values: dict[str, Any] = {}
+    for knob in fields(settings):
+        variable = f"MEMBOUND_{knob.name.upper()}"
+        text = environ.get(variable, "").strip()
+        if not text or knob.name == "pressure":
+            continue
+        try:
+            values[knob.name] = parsers.get(knob.name, float)(text)
+        except ValueError as error:
+            raise InvalidLimit(f"{variable}={text!r}: {error}") from None
+    return values
+
+
+def _parse_switch(text: str) -> bool:
+    word = text.lower()
+    if word not in _TRUE | _FALSE:
+        raise ValueError("write 1 or 0, true or false, yes or no, on or off")
+    return word in _TRUE
+
+
+def _check_at_least(name: str, value: object, least: float) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < least
+    ):
+        raise InvalidLimit(f"{name}={value!r} must be a finite number of at least {least:g}")

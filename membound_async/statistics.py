@@ -1,0 +1,96 @@
+"""What a limiter and its components have, need and wait for: frozen snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .probes import PressureStall
+
+__all__ = ["ComponentStatistics", "LimiterStatistics"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentStatistics:
+    """One component at one moment. Counts and totals are since the limiter was made."""
+
+    path: str
+    #: reserved for it while it is entered
+    minimum_bytes: int
+    #: the most it may hold, minimum included; None if only the quota bounds it
+    firm_limit_bytes: int | None
+    #: how many ``async with component:`` blocks are open
+    entered: int
+    #: granted now
+    granted_bytes: int
+    #: what its code really has allocated; 0 where that is not tracked
+    live_bytes: int
+    #: the most that was granted at one time
+    peak_granted_bytes: int
+    #: grants that are held now
+    grants: int
+    #: requests that wait now, and what they want together
+    waiting: int
+    waiting_bytes: int
+    #: time that its requests have spent waiting for memory
+    total_wait_seconds: float
+    #: time that its grants were held back under pressure
+    total_delay_seconds: float
+    #: grants and grows given
+    admissions: int
+    #: grants and grows refused
+    refusals: int
+    #: what an observe-only limiter would have done
+    would_wait: int
+    would_wait_seconds: float
+    would_refuse: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimiterStatistics:
+    """A limiter at one moment, with a reading of memory that was taken for it."""
+
+    limit_bytes: int
+    #: who set the limit
+    limit_source: str
+    slop_factor: float
+    #: the limit less the slop
+    effective_limit_bytes: int
+    #: measured before anything was granted
+    baseline_bytes: int
+    #: the last reading of memory, and the highest there was
+    measured_bytes: int
+    peak_measured_bytes: int
+    #: what it is a reading of
+    measured_name: str
+    #: measured, but granted to nobody
+    drift_bytes: int
+    #: what is left to divide; negative if more is out than there is
+    free_bytes: int
+    #: reserved, granted or really used by the components
+    committed_bytes: int
+    #: pressure, from 0 to 1, and what it holds a new grant back for
+    level: float
+    delay_seconds: float
+    #: readings taken, and readings that failed
+    samples: int
+    probe_failures: int
+    #: grants held and requests waiting, of all components
+    grants: int
+    waiting: int
+    #: whether the limiter only observes; what it would have done then
+    observe: bool
+    would_wait: int
+    would_wait_seconds: float
+    would_refuse: int
+    #: what the kernel says of stalls for want of memory; None where it says nothing
+    pressure_stall: PressureStall | None
+    #: every component, in the order of their paths
+    components: tuple[ComponentStatistics, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the same as plain dicts and lists, ready for ``json.dumps``."""
+        plain = asdict(self)
+        plain["components"] = list(plain["components"])
+        return plain

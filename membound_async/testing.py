@@ -1,0 +1,213 @@
+"""What your own tests need: a reading, a limiter and a clock that do what the test says.
+
+- `ScriptedProbe` reads the memory that a test wants it to read.
+- `limiter` gives a `MemoryLimiter` whose numbers are round: no slop, no baseline, no
+  delay, and a scripted probe.
+- `VirtualTimeLoop` is an asyncio event loop on which nobody waits for a timer; trio has
+  the same in ``trio.testing.MockClock(autojump_threshold=0)``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from .limiter import MemoryLimiter
+
+__all__ = ["ScriptedProbe", "VirtualTimeLoop", "limiter"]
+
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class ScriptedProbe:
+    """A memory probe that reads what it is told to, sensible or not.
+
+    Args:
+        source: bytes in use. An ``int`` is read each time. A sequence is read item by
+            item, and its last one again and again. A function is called at each
+            reading; it may raise, as a probe may.
+
+    Attributes:
+        name: what reports say that the probe measures.
+        reads: how many times it has been read.
+
+    Raises:
+        TypeError: ``source`` is none of these.
+        ValueError: ``source`` is an empty sequence.
+    """
+
+    name = "scripted"
+
+    def __init__(self, source: int | Sequence[int] | Callable[[], int] = 0) -> None:
+        self.reads = 0
+        self.set(source)
+
+    def set(self, source: int | Sequence[int] | Callable[[], int]) -> None:
+        """Read ``source`` from now on, a sequence from its first item.
+
+        Raises:
+            TypeError: ``source`` is no ``int``, sequence of them or function.
+            ValueError: ``source`` is an empty sequence.
+        """
+        if callable(source):
+            self._next = source
+        elif isinstance(source, int):
+            self._next = lambda: source
+        elif isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
+            if not source:
+                raise ValueError("source=[] has nothing to read; give it one number at least")
+            script = tuple(source)
+            position = iter(range(len(script) - 1))
+            self._next = lambda: script[next(position, -1)]
+        else:
+            raise TypeError(
+                "source is a number of bytes, a sequence of them or a function that gives one, "
+                f"not {source!r} ({type(source).__name__})"
+            )
+
+    def read(self) -> int:
+        """Give the next reading, in bytes, unchecked; raises what the function raises."""
+        self.reads += 1
+        return self._next()
+
+
+def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
+    """Give a limiter for a test: all of ``limit`` can be granted, and nothing is delayed.
+
+    It has no slop and no baseline, a `ScriptedProbe` that reads 0, and a pressure policy
+    without delays, so that every number in a test follows from the numbers in the test.
+
+    Args:
+        limit: bytes, or a ``str`` such as ``"64MiB"``.
+        options: any other argument of `MemoryLimiter`; they take the place of the above.
+
+    Raises:
+        InvalidLimit: ``limit`` or an option makes no sense.
+    """
+    from .limiter import MemoryLimiter
+    from .pressure import PressurePolicy
+    from .settings import LimiterSettings
+
+    chosen: dict[str, Any] = {
+        "slop_factor": 0,
+        "baseline": 0,
+        "probe": ScriptedProbe(0),
+        "settings": LimiterSettings(
+            pressure=PressurePolicy(min_delay_seconds=0, max_delay_seconds=0)
+        ),
+    }
+    return MemoryLimiter(limit, **{**chosen, **options})
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop whose clock jumps to the next timer when there is nothing to do.
+
+    A test that sleeps an hour takes no time, and ``loop.time()`` says that an hour has
+    passed. It starts at 0 and stands still while callbacks run.
+
+    While a job runs in a thread (``run_in_executor``, ``asyncio.to_thread``,
+    ``anyio.to_thread``), time passes as it really does, so no timeout fires before the job
+    had its chance. Sockets, subprocesses and threads that the loop did not start work,
+    but the loop cannot know that they are about to answer: give ``idle_seconds`` to wait
+    for them.
+
+    Use it as ``asyncio.Runner(loop_factory=VirtualTimeLoop)``, or for anyio's pytest
+    plugin::
+
+        @pytest.fixture
+        def anyio_backend():
+            return "asyncio", {"loop_factory": VirtualTimeLoop}
+
+    Args:
+        idle_seconds: how long, in real seconds, nothing must have happened before the
+            clock jumps (trio's ``autojump_threshold``).
+    """
+
+    def __init__(self, *, idle_seconds: float = 0.0) -> None:
+        self._virtual_seconds = 0.0
+        self._thread_jobs = 0
+        super().__init__(_JumpingSelector(self, idle_seconds))
+
+    def time(self) -> float:
+        """Give the virtual time in seconds since the loop was made."""
+        return self._virtual_seconds
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock forward; timers that fall due run at the loop's next turn.
+
+        Raises:
+            ValueError: ``seconds`` is negative or no number.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"seconds={seconds!r}: time does not run backwards")
+        self._virtual_seconds += seconds
+
+    def run_in_executor(
+        self,
+        executor: Executor | None,
+        func: Callable[[Unpack[_Arguments]], _Result],
+        *args: *_Arguments,
+    ) -> asyncio.Future[_Result]:
+        """Run ``func(*args)`` in a thread; real time passes until it is done."""
+        job = super().run_in_executor(executor, func, *args)
+        self._thread_jobs += 1
+        job.add_done_callback(self._thread_job_done)
+        return job
+
+    def _thread_job_done(self, _job: asyncio.Future[Any]) -> None:
+        self._thread_jobs -= 1
+
+    async def shutdown_default_executor(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the executor's threads, in real time."""
+        self._thread_jobs += 1
+        try:
+            await super().shutdown_default_executor(*args, **kwargs)
+        finally:
+            self._thread_jobs -= 1
+
+    def has_thread_jobs(self) -> bool:
+        """Tell whether a thread is at work for this loop or about to report to it."""
+        # anyio's worker threads belong to a loop and take their jobs from a queue. A job
+        # counts as finished there only once its result is on the way to the loop.
+        return self._thread_jobs > 0 or any(
+            getattr(getattr(thread, "queue", None), "unfinished_tasks", 0)
+            for thread in threading.enumerate()
+            if getattr(thread, "loop", None) is self
+        )
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Looks for I/O like any selector, but waits for a timer by moving the clock.
+
+    The loop says here how long it has nothing to do: None for ever, 0 not at all.
+    """
+
+    def __init__(self, loop: VirtualTimeLoop, idle_seconds: float) -> None:
+        super().__init__()
+        self._loop = loop
+        self._idle_seconds = idle_seconds
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return super().select(timeout)
+        # Asked before looking: a job that ends in between must not be overlooked.
+        if self._loop.has_thread_jobs():
+            started = time.monotonic()
+            events = super().select(timeout)
+            waited = time.monotonic() - started
+            self._loop.advance(waited if events or timeout is None else timeout)
+        elif timeout is None:
+            events = super().select(None)
+        else:
+            events = super().select(min(self._idle_seconds, timeout))
+            if not events:
+                self._loop.advance(timeout)
+        return events

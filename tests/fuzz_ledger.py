@@ -1,0 +1,381 @@
+"""Drives the real ledger and the model through the same random operations.
+
+    python -m tests.fuzz_ledger --steps 1000000 --seed 1
+
+stops at the first step at which they differ, and prints the seed, what each of them said
+and the shortest list of operations found that still shows it, as a program to paste into a
+test. Limits are small, so that everything contends with everything.
+
+An operation is a tuple of a method's name and its arguments; its tickets are numbers that
+the driver chose, so a list stays meaningful when operations are taken out of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from random import Random
+from typing import Any
+
+from tests.model import Core, Grant, Model, Outcome
+
+__all__ = ["Config", "Difference", "Operation", "SideBySide", "fuzz", "random_episode", "replay"]
+
+Operation = tuple[Any, ...]
+CoreFactory = Callable[..., Core]
+
+DEFAULT_CORE = "tests.ledger_adapter:LedgerAdapter"
+SHARES = tuple(map(Fraction, ("1/2", "1/2", "1/3", "2/3", "3/7", "1")))
+
+
+class Difference(AssertionError):
+    """The two ledgers disagree, or the model broke a promise of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What an episode starts from, sizes in bytes."""
+
+    limit_bytes: int
+    baseline_bytes: int = 0
+    share: Fraction = Fraction(1, 2)
+    bypass_limit_bytes: int | None = None
+
+    def make(self, factory: CoreFactory) -> Core:
+        """Make a ledger."""
+        return factory(
+            self.limit_bytes,
+            baseline_bytes=self.baseline_bytes,
+            share=self.share,
+            bypass_limit_bytes=self.bypass_limit_bytes,
+        )
+
+
+class SideBySide:
+    """A ledger and the model, given the same operations and compared after each."""
+
+    def __init__(self, config: Config, factory: CoreFactory) -> None:
+        self.model = Model(
+            config.limit_bytes,
+            baseline_bytes=config.baseline_bytes,
+            share=config.share,
+            bypass_limit_bytes=config.bypass_limit_bytes,
+        )
+        self.core = config.make(factory)
+
+    def is_meaningful(self, operation: Operation) -> bool:
+        """Whether a caller that keeps to the rules of the protocol could do this now."""
+        model = self.model
+        match operation:
+            case ("add", component, *_):
+                return component not in model.components
+            case ("request" | "request_nowait" | "enter", _, component, *_):
+                return component in model.components
+            case ("set_live", component, _):
+                return component in model.components
+            case ("leave", component):
+                return component in model.components and model.components[component].entered > 0
+            case ("cancel", ticket):
+                return any(waiter.ticket == ticket for waiter in model.waiters())
+            case ("shrink", ticket, size_bytes):
+                return ticket in model.grants and size_bytes <= model.grants[ticket].size_bytes
+            case ("grow_nowait", _, ticket, _):
+                return ticket in model.grants
+            case ("grow", _, ticket, _) | ("release", ticket):
+                return ticket in model.grants and not is_growing(model.grants[ticket])
+            case _:
+                return True
+
+    def apply(self, operation: Operation) -> Outcome:
+        """Do one operation on both.
+
+        Raises:
+            Difference: they do not agree on what came of it.
+        """
+        name, *arguments = operation
+        expected: Outcome = getattr(self.model, name)(*arguments)
+        try:
+            found: Outcome = getattr(self.core, name)(*arguments)
+            snapshot = self.core.snapshot()
+        except Exception as error:
+            raise Difference(f"{operation}: {type(error).__name__}: {error}") from error
+        if found != expected:
+            raise Difference(f"{operation}: expected {expected}, found {found}")
+        wanted = self.model.snapshot()
+        if snapshot != wanted:
+            for field, ours, theirs in zip(wanted._fields, wanted, snapshot, strict=True):
+                if theirs is not None and theirs != ours:
+                    raise Difference(f"{operation}: {field} is {theirs}, should be {ours}")
+        return expected
+
+
+def is_growing(grant: Grant) -> bool:
+    """Whether more has been asked for in a grant, and is waited for."""
+    return any(waiter.grant is grant for waiter in grant.component.grows)
+
+
+class _Generator:
+    """Chooses the next operation for the state that the model is in."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._tickets = 0
+        # Each episode does without some of the features, so that the others get further.
+        self._with_nowait = random.random() < 0.7
+        self._with_alone = random.random() < 0.4
+        self._with_entries = random.random() < 0.7
+        self._with_resize = random.random() < 0.4
+        self._with_live = random.random() < 0.3
+        self._with_samples = random.random() < 0.5
+        self._smallness = random.choice((0.2, 0.5, 0.9))
+
+    def config(self) -> Config:
+        random = self._random
+        limit_bytes = random.choice((1, 7, 20, 64, 100, 100, 100, 1000)) + random.randrange(5)
+        return Config(
+            limit_bytes=limit_bytes,
+            baseline_bytes=random.choice((0, 0, 0, limit_bytes // 5)),
+            share=random.choice(SHARES),
+            bypass_limit_bytes=random.choice((None, None, 0, limit_bytes // 4, 3 * limit_bytes)),
+        )
+
+    def components(self, config: Config) -> list[Operation]:
+        random = self._random
+        pool_bytes = config.limit_bytes - config.baseline_bytes
+        operations: list[Operation] = []
+        for index in range(random.choice((1, 2, 2, 3, 3, 4, 6))):
+            minimum_bytes = random.choice((0, 0, random.randrange(pool_bytes // 2 + 1)))
+            widest_bytes = random.choice((pool_bytes, 1 + pool_bytes // 8))
+            firm_bytes = random.choice((None, minimum_bytes + random.randint(1, widest_bytes)))
+            operations.append(("add", "abcdef"[index], minimum_bytes, firm_bytes))
+        return operations
+
+    def operation(self, model: Model) -> Operation:
+        random = self._random
+        component = random.choice(list(model.components))
+        waiting = model.waiters()
+        held = random.choice(list(model.grants)) if model.grants else None
+        # Those who wait go away in the end, so that queues stay short and much happens.
+        if waiting and random.random() * 40 < len(waiting):
+            return ("cancel", random.choice(waiting).ticket)
+        dice = random.random()
+        if dice < 0.35 and held is not None:
+            grant = model.grants[held]
+            if dice < 0.22 and not is_growing(grant):
+                return ("release", held)
+            if dice < 0.25:
+                return ("shrink", held, random.randint(0, grant.size_bytes))
+            size_bytes = self._size(model, grant.component.name)
+            if dice < 0.31 and not is_growing(grant):
+                return ("grow", self._ticket(), held, size_bytes)
+            return ("grow_nowait", self._ticket(), held, size_bytes)
+        if dice < 0.65:
+            return self._request(model, component)
+        if dice < 0.73 and self._with_nowait:
+            return ("request_nowait", self._ticket(), component, self._size(model, component))
+        if dice < 0.82 and self._with_entries:
+            inside = [c.name for c in model.components.values() if c.entered]
+            if inside and dice > 0.78:
+                return ("leave", random.choice(inside))
+            return ("enter", self._ticket(), component)
+        if dice < 0.86 and self._with_live:
+            live_bytes = random.choice((0, 0, random.randrange(model.limit_bytes)))
+            return ("set_live", component, live_bytes)
+        if dice < 0.91 and self._with_samples:
+            return ("observe", self._reading(model))
+        if dice < 0.93 and self._with_resize:
+            least_bytes = model.baseline_bytes + 1
+            wanted_bytes = model.limit_bytes + random.randint(-20, 20)
+            return ("resize", max(least_bytes, wanted_bytes))
+        if dice < 0.94:
+            return ("lift_barriers",)
+        return self._request(model, component)
+
+    def _ticket(self) -> int:
+        self._tickets += 1
+        return self._tickets
+
+    def _request(self, model: Model, component: str) -> Operation:
+        random = self._random
+        alone = self._with_alone and random.random() < 0.2
+        if alone and random.random() < 0.5:
+            # One that has a chance to be alone.
+            node = model.components[component]
+            low, high = model.normal_cap_bytes(node), model.alone_cap_bytes(node)
+            if 0 < low < high:
+                return ("request", self._ticket(), component, random.randint(low, high), None, True)
+        size_bytes = self._size(model, component)
+        up_to = size_bytes + random.randrange(50) if random.random() < 0.15 else None
+        return ("request", self._ticket(), component, size_bytes, up_to, alone)
+
+    def _size(self, model: Model, component: str) -> int:
+        """Small, or anything, or just about at one of the bounds."""
+        random = self._random
+        node = model.components[component]
+        dice = random.random()
+        if dice < self._smallness:
+            size_bytes = random.randint(1, 1 + max(0, model.limit_bytes // 8))
+        elif random.random() < 0.5:
+            size_bytes = random.randint(1, max(1, model.normal_cap_bytes(node)))
+        else:
+            bound_bytes = random.choice(
+                (
+                    model.normal_cap_bytes(node),
+                    model.free_bytes // 2,
+                    node.unused_minimum_bytes,
+                    (node.firm_limit_bytes or 0) - node.granted_bytes,
+                )
+            )
+            size_bytes = bound_bytes + random.randint(-1, 1)
+        return max(1, size_bytes)
+
+    def _reading(self, model: Model) -> int:
+        random = self._random
+        explained_bytes = model.baseline_bytes + model.total_committed_bytes
+        return max(
+            0,
+            random.choice(
+                (
+                    explained_bytes,
+                    explained_bytes + random.randint(-10, 10),
+                    random.randrange(model.limit_bytes + 20),
+                    model.limit_bytes * 95 // 100 + random.randint(0, 1),
+                    model.limit_bytes + random.randint(-1, 0),
+                    model.baseline_bytes,
+                )
+            ),
+        )
+
+
+def random_episode(
+    seed: int, steps: int, factory: CoreFactory, seen: Counter[str] | None = None
+) -> tuple[Config, list[Operation], Difference | None]:
+    """Run one episode; give what was done, and the difference that ended it, if any."""
+    generator = _Generator(Random(seed))
+    config = generator.config()
+    pair = SideBySide(config, factory)
+    done: list[Operation] = []
+    operations = generator.components(config)
+    while len(done) < steps:
+        operation = operations.pop(0) if operations else generator.operation(pair.model)
+        done.append(operation)
+        try:
+            outcome = pair.apply(operation)
+        except Difference as difference:
+            return config, done, difference
+        if seen is not None:
+            seen[f"{operation[0]} {outcome.status}"] += 1
+    return config, done, None
+
+
+def replay(config: Config, operations: list[Operation], factory: CoreFactory) -> None:
+    """Run operations again, leaving out those that have become meaningless.
+
+    Raises:
+        Difference: the ledgers do not agree.
+    """
+    pair = SideBySide(config, factory)
+    for operation in operations:
+        if pair.is_meaningful(operation):
+            pair.apply(operation)
+
+
+def _differs(config: Config, operations: list[Operation], factory: CoreFactory) -> bool:
+    try:
+        replay(config, operations, factory)
+    except Difference:
+        return True
+    return False
+
+
+def shrink(config: Config, operations: list[Operation], factory: CoreFactory) -> list[Operation]:
+    """Take out what is not needed for a difference, then make the numbers smaller."""
+    size = max(1, len(operations) // 2)
+    while True:
+        start = 0
+        before = len(operations)
+        while start < len(operations):
+            fewer = operations[:start] + operations[start + size :]
+            if _differs(config, fewer, factory):
+                operations = fewer
+            else:
+                start += size
+        if size > 1:
+            size //= 2
+        elif len(operations) == before:
+            return _with_small_numbers(config, operations, factory)
+
+
+def _with_small_numbers(
+    config: Config, operations: list[Operation], factory: CoreFactory
+) -> list[Operation]:
+    for index, operation in enumerate(operations):
+        first_size = 1 if operation[0] in ("observe", "resize") else 2
+        for place in range(first_size, len(operation)):
+            value = operation[place]
+            if isinstance(value, bool) or not isinstance(value, int):
+                continue
+            if operation[0] in ("grow", "grow_nowait") and place == 2:
+                continue
+            for smaller in sorted({1, value // 2, value - 1} - {0, value, -1}):
+                changed = (*operation[:place], smaller, *operation[place + 1 :])
+                attempt = [*operations[:index], changed, *operations[index + 1 :]]
+                if _differs(config, attempt, factory):
+                    operations, operation = attempt, changed
+                    break
+    return operations
+
+
+def fuzz(
+    steps: int, seed: int, factory: CoreFactory, *, episode: int = 400, report: bool = False
+) -> str | None:
+    """Run so many steps; give the report of the first difference, or None."""
+    seen: Counter[str] = Counter()
+    started = time.perf_counter()
+    for number in range(-(-steps // episode)):
+        episode_seed = seed * 1_000_003 + number
+        config, done, difference = random_episode(episode_seed, episode, factory, seen)
+        if difference is not None:
+            shortest = shrink(config, done, factory)
+            try:
+                replay(config, shortest, factory)
+            except Difference as last:
+                difference = last
+            lines = ",\n    ".join(map(repr, shortest))
+            return (
+                f"seed {seed}, episode {number}, step {len(done)}: {difference}\n"
+                f"replay(\n  {config},\n  [\n    {lines},\n  ],\n  factory,\n)"
+            )
+    if report:
+        seconds = time.perf_counter() - started
+        total = seen.total()
+        print(f"{total} steps, seed {seed}: no difference; {total / seconds:,.0f} steps/s")
+        for what, count in sorted(seen.items()):
+            print(f"  {what:<26}{count:>10}")
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; give its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_ledger", description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--episode", type=int, default=400, help="steps before starting afresh")
+    parser.add_argument("--core", default=DEFAULT_CORE, help="MODULE:CLASS to try")
+    options = parser.parse_args(arguments)
+    module, _, name = options.core.partition(":")
+    factory: CoreFactory = getattr(importlib.import_module(module), name)
+    found = fuzz(options.steps, options.seed, factory, episode=options.episode, report=True)
+    if found is not None:
+        print(found, file=sys.stderr)
+    return 0 if found is None else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,647 @@
+"""The model itself, by examples computed by hand, and the real ledger against it.
+
+The examples follow the headings of the semantics page. All sizes are bytes, and unless an
+example says otherwise there are 100 of them and the share is a half.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.fuzz_ledger import (
+    DEFAULT_CORE,
+    Config,
+    CoreFactory,
+    Difference,
+    Operation,
+    SideBySide,
+    fuzz,
+    is_growing,
+    load_factory,
+    main,
+    replay,
+)
+from tests.model import Core, Model, Outcome, Snapshot, Waiter
+
+HERE = Path(__file__).parent
+VECTORS = next(
+    (
+        path
+        for path in (
+            HERE.parents[1] / "shared" / "vectors" / "quota.json",
+            HERE / "vectors" / "quota.json",
+        )
+        if path.exists()
+    ),
+    None,
+)
+CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text()) if VECTORS else []
+
+
+class Bench:
+    """A model whose tickets are given out by itself, so that examples read well."""
+
+    def __init__(self, limit_bytes: int = 100, **options: Any) -> None:
+        self.model = Model(limit_bytes, **options)
+        self._tickets = itertools.count(1)
+
+    def component(
+        self, name: str, minimum: int = 0, firm: int | None = None, enter: bool = True
+    ) -> None:
+        self.model.add(name, minimum, firm)
+        if enter:
+            assert self.enter(name)[1].status == "admitted"
+
+    def ask(self, method: str, *arguments: Any, **options: Any) -> tuple[int, Outcome]:
+        ticket = next(self._tickets)
+        return ticket, getattr(self.model, method)(ticket, *arguments, **options)
+
+    def enter(self, name: str) -> tuple[int, Outcome]:
+        return self.ask("enter", name)
+
+    def held(self, name: str, nbytes: int) -> int:
+        """A grant, which must be had at once."""
+        ticket, outcome = self.ask("request", name, nbytes)
+        assert outcome == Outcome("admitted", ((ticket, nbytes),))
+        return ticket
+
+    def waiting(self, name: str, nbytes: int, **options: Any) -> int:
+        """A request, which must have to wait."""
+        ticket, outcome = self.ask("request", name, nbytes, **options)
+        assert outcome == Outcome("waiting")
+        return ticket
+
+    def growing(self, grant: int, nbytes: int) -> int:
+        """A grow, which must have to wait."""
+        ticket, outcome = self.ask("grow", grant, nbytes)
+        assert outcome == Outcome("waiting")
+        return ticket
+
+    def status(self, method: str, *arguments: Any, **options: Any) -> str:
+        return self.ask(method, *arguments, **options)[1].status
+
+    def waiter(self, ticket: int) -> Waiter:
+        return next(waiter for waiter in self.model.waiters() if waiter.ticket == ticket)
+
+    @property
+    def free(self) -> int:
+        return self.model.free_bytes
+
+
+def admitted(outcome: Outcome) -> list[tuple[int, int]]:
+    return [tuple(admission) for admission in outcome.admitted]
+
+
+@pytest.mark.skipif(not CASES, reason="the vectors are not there")
+def test_there_are_vectors() -> None:
+    assert sum(case["rule"] == "half" for case in CASES) == 13
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c["name"]) for c in CASES if c["rule"] == "half"]
+)
+def test_the_rule_by_vectors(case: dict[str, Any]) -> None:
+    model = Model(case["limit"], share=Fraction(*case["share"]))
+    for ticket, (what, name, nbytes, *expected) in enumerate(case["ops"]):
+        if name not in model.components:
+            model.add(name, 0, None)
+        if what == "release":
+            held = (
+                ticket
+                for ticket, grant in model.grants.items()
+                if grant.component.name == name and grant.size_bytes == nbytes
+            )
+            model.release(next(held))
+        else:
+            verdict = {"admit": "admitted", "refuse": "refused"}[expected[0]]
+            assert model.request_nowait(ticket, name, nbytes).status == verdict
+
+
+# The rule.
+
+
+@pytest.mark.parametrize(
+    ("share", "held", "wanted", "threshold"),
+    [
+        ("1/2", 0, 10, 20),  # 2*10
+        ("1/2", 7, 10, 27),  # 2*10 + 7
+        ("1/3", 7, 10, 44),  # 3*10 + 2*7
+        ("2/3", 7, 10, 19),  # (30 + 7) / 2 = 18.5
+        ("1", 7, 10, 10),
+    ],
+)
+def test_thresholds(share: str, held: int, wanted: int, threshold: int) -> None:
+    bench = Bench(1000, share=Fraction(share))
+    bench.component("a")
+    if held:
+        bench.held("a", held)
+    probe = Waiter(0, 0, "request", bench.model.components["a"], wanted)
+    assert bench.model.threshold_bytes(probe) == threshold
+
+
+def test_the_unused_minimum_is_used_first() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    assert bench.free == 80
+    bench.held("a", 15)
+    assert bench.free == 80
+    probe = Waiter(0, 0, "request", bench.model.components["a"], 10)
+    assert (probe.draw_bytes, bench.model.threshold_bytes(probe)) == (5, 10)
+    bench.held("a", 10)
+    assert bench.free == 75
+
+
+def test_a_sole_component_has_its_minimum_and_half_of_the_rest() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    assert bench.status("request_nowait", "a", 61) == "refused"
+    assert bench.status("request_nowait", "a", 60) == "admitted"
+    assert bench.free == 40
+
+
+def test_live_bytes_count_as_held() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    bench.model.set_live("a", 30)
+    assert bench.free == 70
+    probe = Waiter(0, 0, "request", bench.model.components["a"], 5)
+    assert (probe.draw_bytes, bench.model.threshold_bytes(probe)) == (5, 20)
+    bench.model.set_live("a", 0)
+    assert bench.free == 80
+
+
+def test_the_baseline_is_nobodys() -> None:
+    bench = Bench(baseline_bytes=40)
+    bench.component("a")
+    assert bench.free == 60
+    assert bench.status("request_nowait", "a", 31) == "refused"
+    assert bench.status("request_nowait", "a", 30) == "admitted"
+
+
+# Order.
+
+
+def test_fifo_inside_a_component() -> None:
+    bench = Bench()
+    bench.component("a")
+    first = bench.held("a", 50)
+    second = bench.waiting("a", 40)
+    third = bench.waiting("a", 1)
+    outcome = bench.model.release(first)
+    assert admitted(outcome) == [(second, 40), (third, 1)]
+
+
+def test_a_grow_goes_before_requests() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.component("b")
+    ours = bench.held("a", 10)
+    theirs = bench.held("b", 40)  # R = 50; a: T = 2c + 10
+    request = bench.waiting("a", 25)
+    grow = bench.growing(ours, 21)
+    outcome = bench.model.release(theirs)  # R = 90; the grow needs 52, then R = 69, s = 31
+    assert admitted(outcome) == [(grow, 21)]
+    assert bench.model.grants[ours].size_bytes == 31
+    assert bench.model.snapshot().waiting == (request,)
+
+
+def test_the_smallest_threshold_is_first_and_ties_go_by_arrival() -> None:
+    bench = Bench()
+    for name in "abcd":
+        bench.component(name)
+    held = bench.held("a", 50)
+    late = bench.waiting("b", 30)  # T = 60
+    early = bench.waiting("c", 26)  # T = 52
+    tie = bench.waiting("d", 30)  # T = 60
+    outcome = bench.model.release(held)  # R = 100, 74, 44
+    assert admitted(outcome) == [(early, 26), (late, 30)]
+    assert bench.model.snapshot().waiting == (tie,)
+
+
+def test_cancelling_lets_the_next_one_pass() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.held("a", 40)  # R = 60, T = 2c + 40
+    first = bench.waiting("a", 11)
+    second = bench.waiting("a", 10)
+    assert admitted(bench.model.cancel(first)) == [(second, 10)]
+
+
+# What never will be.
+
+
+def test_too_large_for_an_idle_limiter() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20, firm=70)
+    bench.component("b", firm=30)
+    assert bench.status("request", "a", 61) == "too_large"  # 20 + (100 - 20) / 2
+    assert bench.status("request", "b", 31) == "too_large"
+    assert bench.model.snapshot().waiting == ()
+
+
+def test_a_grow_is_too_large_with_what_it_holds() -> None:
+    bench = Bench()
+    bench.component("a")
+    grant = bench.held("a", 20)
+    assert bench.status("grow", grant, 31) == "too_large"
+    assert bench.growing(grant, 30)  # T = 80
+
+
+def test_waiters_that_become_impossible() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    bench.held("a", 60)
+    large = bench.waiting("a", 51)
+    small = bench.waiting("a", 50)
+    # The first can be had with the minimum only: 20 + 40, but 50.
+    outcome = bench.model.leave("a")
+    assert (outcome.infeasible, outcome.admitted) == ((large,), ())
+    outcome = bench.model.resize(99)
+    assert outcome == Outcome("done", (), (small,))
+
+
+def test_an_entry_that_can_never_be() -> None:
+    bench = Bench(baseline_bytes=10)
+    bench.component("a", minimum=91, enter=False)
+    assert bench.status("enter", "a") == "too_large"
+    bench.model.resize(101)
+    assert bench.status("enter", "a") == "admitted"
+
+
+# Firm limits.
+
+
+def test_over_the_firm_limit_it_is_parked_and_others_pass() -> None:
+    bench = Bench()
+    bench.component("a", firm=10)
+    bench.component("b")
+    held = bench.held("a", 6)
+    parked = bench.waiting("a", 5)
+    behind = bench.waiting("a", 1)
+    bench.held("b", 40)
+    outcome = bench.model.shrink(held, 1)
+    assert admitted(outcome) == [(parked, 5)]  # g = 10: the firm limit again
+    assert admitted(bench.model.release(held)) == [(behind, 1)]
+
+
+def test_what_waits_for_its_firm_limit_counts_nothing() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    bench.component("a", firm=10)
+    bench.component("b")
+    bench.held("a", 6)
+    parked = bench.waiting("a", 5)
+    bench.held("b", 20)
+    assert bench.waiter(parked).bypassed_bytes == 0
+
+
+def test_a_barrier_over_its_firm_limit_is_none() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    for name in "abc":
+        bench.component(name, firm=30 if name == "a" else None)
+    held = bench.held("a", 20)
+    bench.held("b", 40)  # R = 40; a: T = 2c + 20
+    grow = bench.growing(held, 10)
+    request = bench.waiting("a", 8)
+    bench.held("c", 11)  # passes both: R = 29
+    assert bench.model.snapshot().barriers == (grow, request)
+    small = bench.held("c", 1) if bench.model.lift_barriers() else 0
+    bench.model.release(small)
+    assert bench.model.snapshot().barriers == ()
+    bench.held("c", 4)
+    bench.held("b", 1) if False else None
+    assert [w.bypassed_bytes for w in bench.model.waiters()] == [5, 5]
+
+
+# Nobody starves.
+
+
+def barrier_at_work(limit_bytes: int = 100) -> tuple[Bench, int, int, int]:
+    """b waits for 40 (T = 80) behind 30 of a, and c has passed it by 11 of 10."""
+    bench = Bench(limit_bytes, bypass_limit_bytes=10)
+    bench.component("a")
+    bench.component("b", minimum=5)
+    bench.component("c", minimum=5)
+    held = bench.held("a", 30)  # R = 60
+    barrier = bench.waiting("b", 45)
+    passed = bench.held("c", 5 + 11)  # R = 49
+    assert bench.model.snapshot().barriers == (barrier,)
+    return bench, held, barrier, passed
+
+
+def test_within_the_bypass_limit_others_pass() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    bench.component("a")
+    bench.component("b")
+    bench.held("a", 30)
+    waiting = bench.waiting("b", 40)
+    bench.held("a", 10)
+    assert bench.waiter(waiting).bypassed_bytes == 10
+    assert bench.model.snapshot().barriers == ()
+    bench.held("a", 1)
+    assert bench.model.snapshot().barriers == (waiting,)
+
+
+def test_nothing_of_the_pool_passes_a_barrier() -> None:
+    bench, held, barrier, _ = barrier_at_work()
+    assert bench.status("request_nowait", "a", 1) == "refused"
+    assert bench.status("grow_nowait", held, 1) == "refused"
+    late = bench.waiting("a", 1)
+    outcome = bench.model.release(held)  # R = 79 < 80
+    assert outcome == Outcome("done")
+    outcome = bench.model.shrink(bench.model.snapshot().waiting and _, 1)  # R = 80
+    assert admitted(outcome) == [(barrier, 45), (late, 1)]
+
+
+def test_a_reserve_passes_the_barriers_of_others_only() -> None:
+    bench, _, _, passed = barrier_at_work()
+    bench.model.shrink(passed, 14)  # 3 of its minimum of 5 are unused, R = 60
+    assert bench.status("request", "b", 1) == "waiting"
+    assert bench.status("request_nowait", "b", 1) == "refused"
+    assert bench.status("request_nowait", "c", 4) == "refused"
+    assert bench.status("request_nowait", "c", 1) == "admitted"
+    assert bench.status("request", "c", 2) == "admitted"
+
+
+def test_up_to_takes_nothing_of_the_pool_past_a_barrier() -> None:
+    bench, _, _, passed = barrier_at_work()
+    bench.model.shrink(passed, 14)
+    ticket, outcome = bench.ask("request", "c", 1, up_to=50)
+    assert admitted(outcome) == [(ticket, 3)]
+
+
+def test_lifted_it_counts_from_nothing() -> None:
+    bench, held, barrier, _ = barrier_at_work()
+    late = bench.waiting("a", 2)
+    assert admitted(bench.model.lift_barriers()) == [(late, 2)]
+    assert bench.waiter(barrier).bypassed_bytes == 2
+    assert bench.status("grow", held, 9) == "admitted"
+    assert bench.model.snapshot().barriers == (barrier,)
+
+
+def test_barriers_go_by_arrival() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    for name in "abc":
+        bench.component(name)
+    held = bench.held("c", 40)  # R = 60
+    first = bench.waiting("a", 40)  # T = 80
+    second = bench.waiting("b", 31)  # T = 62
+    bench.held("c", 10)
+    small = bench.held("c", 1)  # R = 49
+    assert bench.model.snapshot().barriers == (first, second)
+    assert bench.model.shrink(held, 20) == Outcome("done")  # R = 69
+    bench.model.release(small)
+    outcome = bench.model.shrink(held, 10)  # R = 80
+    assert admitted(outcome) == [(first, 40)]
+
+
+def test_the_bypass_limit_is_the_limit_and_follows_it() -> None:
+    bench = Bench(1000)
+    bench.component("a")
+    bench.component("b")
+    bench.held("a", 300)
+    waiting = bench.waiting("b", 400)
+    for _ in range(10):
+        bench.model.release(bench.held("a", 100))
+    assert bench.model.snapshot().barriers == ()
+    bench.model.resize(999)
+    assert bench.model.snapshot().barriers == (waiting,)
+
+
+def test_the_fronts_of_both_queues_count() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    bench.component("a")
+    bench.component("b")
+    ours = bench.held("a", 10)
+    bench.held("b", 20)  # R = 70
+    request = bench.waiting("a", 40)
+    grow = bench.growing(ours, 35)  # T = 80
+    bench.held("b", 11)
+    assert bench.model.snapshot().barriers == (request, grow)
+    assert bench.model.components["a"].head() is bench.waiter(request)
+
+
+# Entering.
+
+
+def test_entering_waits_for_the_minimum() -> None:
+    bench = Bench()
+    bench.component("a", minimum=70)
+    bench.component("b", minimum=40, enter=False)
+    ticket, outcome = bench.enter("b")
+    assert outcome.status == "waiting"
+    assert bench.status("enter", "a") == "admitted"  # it is in already
+    assert bench.model.leave("a") == Outcome("done")
+    assert admitted(bench.model.leave("a")) == [(ticket, 0)]
+    assert bench.free == 60
+
+
+def test_entering_needs_only_what_is_not_held_yet() -> None:
+    bench = Bench()
+    bench.component("a", minimum=40, enter=False)
+    bench.held("a", 30)
+    bench.component("b", minimum=60)  # R = 10
+    assert bench.status("enter", "a") == "admitted"
+    assert bench.free == 0
+
+
+def test_left_with_grants_out_they_stay_charged() -> None:
+    bench = Bench()
+    bench.component("a", minimum=40)
+    grant = bench.held("a", 30)
+    bench.model.leave("a")
+    assert bench.free == 70
+    bench.model.release(grant)
+    assert bench.free == 100
+
+
+def test_an_entry_counts_as_a_pool_admission() -> None:
+    bench = Bench(bypass_limit_bytes=39)
+    bench.component("a")
+    bench.component("b", minimum=40, enter=False)
+    bench.held("a", 30)
+    waiting = bench.waiting("a", 21)
+    assert bench.status("enter", "b") == "admitted"
+    assert bench.model.snapshot().barriers == (waiting,)
+
+
+# Ranges.
+
+
+def test_up_to_takes_what_the_rule_allows() -> None:
+    bench = Bench()
+    bench.component("a", minimum=10)
+    bench.component("b", firm=15)
+    ticket, outcome = bench.ask("request", "a", 5, up_to=1000)
+    assert admitted(outcome) == [(ticket, 55)]  # 10 + 90/2, R = 45
+    ticket, outcome = bench.ask("request", "b", 5, up_to=1000)
+    assert admitted(outcome) == [(ticket, 15)]
+    bench.model.release(ticket)
+    ticket, outcome = bench.ask("request", "b", 5, up_to=7)
+    assert admitted(outcome) == [(ticket, 7)]
+
+
+def test_up_to_waits_for_the_least() -> None:
+    bench = Bench()
+    bench.component("a")
+    held = bench.held("a", 50)
+    ticket = bench.waiting("a", 10, up_to=20)
+    assert admitted(bench.model.shrink(held, 20)) == [(ticket, 20)]  # (70 - 30) // 2
+
+
+def test_up_to_has_all_of_the_reserve_though_nothing_is_free() -> None:
+    bench = Bench()
+    bench.component("a", minimum=10)
+    bench.component("b")
+    bench.model.set_live("b", 200)
+    assert bench.free == -110
+    ticket, outcome = bench.ask("request", "a", 2, up_to=50)
+    assert admitted(outcome) == [(ticket, 10)]
+
+
+# Alone.
+
+
+def test_alone_waits_for_the_pool_and_then_keeps_it() -> None:
+    bench = Bench()
+    bench.component("a", minimum=10)
+    bench.component("b", minimum=10)
+    held = bench.held("b", 15)
+    assert bench.status("request", "a", 91, alone=True) == "too_large"
+    alone = bench.waiting("a", 90, alone=True)
+    reserved = bench.held("b", 5) if bench.model.shrink(held, 10) else 0
+    assert bench.model.snapshot().exclusive == (alone,)
+    assert bench.free == 0
+    bench.model.shrink(alone, 50)
+    assert bench.status("request_nowait", "b", 1) == "refused"
+    waiting = bench.waiting("b", 1)
+    grow, outcome = bench.ask("grow", alone, 50)
+    assert admitted(outcome) == [(grow, 50)]
+    bench.model.shrink(reserved, 1)
+    assert admitted(bench.model.release(alone)) == []
+    assert bench.model.snapshot().exclusive == ()
+    assert waiting not in bench.model.snapshot().waiting
+
+
+def test_alone_but_small_is_like_any_other() -> None:
+    bench = Bench()
+    bench.component("a")
+    assert bench.status("request", "a", 50, alone=True) == "admitted"
+    assert bench.model.snapshot().exclusive == ()
+
+
+def test_alone_is_impossible_beside_the_minimums_of_others() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.component("b", minimum=10, enter=False)
+    bench.held("a", 1)
+    alone = bench.waiting("a", 95, alone=True)
+    ticket, outcome = bench.enter("b")
+    assert outcome == Outcome("admitted", ((ticket, 0),), (alone,))
+
+
+# Not waiting.
+
+
+def test_nowait_stays_behind_waiters_of_its_own_component() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20, firm=60)
+    grant = bench.held("a", 15)
+    assert bench.status("grow_nowait", grant, 5) == "admitted"
+    bench.model.shrink(grant, 5)
+    bench.waiting("a", 50)
+    assert bench.status("request_nowait", "a", 1) == "refused"
+    assert bench.status("grow_nowait", grant, 1) == "refused"
+
+
+def test_nowait_is_refused_at_the_limit_but_for_the_reserve() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    bench.model.observe(99)
+    bench.model.observe(0)
+    assert bench.status("request_nowait", "a", 21) == "admitted"
+    bench.model.release(bench.model.snapshot().granted_bytes and max(bench.model.grants))
+    bench.model.observe(100)
+    bench.model.observe(100)
+    assert bench.status("request_nowait", "a", 21) == "refused"
+    assert bench.status("request_nowait", "a", 20) == "admitted"
+
+
+# Progress.
+
+
+def test_memory_may_fall_only_by_working_on() -> None:
+    bench = Bench()
+    bench.component("a", minimum=20)
+    bench.model.observe(90)  # explained 20: drift 70, R = 10
+    assert (bench.model.drift_bytes, bench.free) == (70, 10)
+    first, outcome = bench.ask("request", "a", 50)  # c = 30, T = 60; nothing is out
+    assert admitted(outcome) == [(first, 50)]
+    second = bench.waiting("a", 1)
+    assert admitted(bench.model.release(first)) == [(second, 1)]
+
+
+def test_a_grow_progresses_when_only_its_own_component_holds_anything() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.component("b")
+    ours = bench.held("a", 10)
+    theirs = bench.held("b", 10)
+    bench.model.observe(100)  # drift 80: R = 0
+    grow = bench.growing(ours, 10)
+    assert admitted(bench.model.release(theirs)) == [(grow, 10)]  # R = -10 + 20
+
+
+# Drift.
+
+
+def test_drift_is_what_nobody_was_granted() -> None:
+    bench = Bench(baseline_bytes=10)
+    bench.component("a")
+    grant = bench.held("a", 40)
+    bench.model.observe(60)
+    assert (bench.model.high_water_bytes, bench.model.drift_bytes, bench.free) == (40, 10, 40)
+    bench.model.release(grant)  # the heap kept what was granted: no drift
+    bench.model.observe(60)
+    assert (bench.model.high_water_bytes, bench.model.drift_bytes, bench.free) == (40, 10, 80)
+    bench.model.observe(95)  # at the threshold, not above it
+    assert (bench.model.high_water_bytes, bench.model.drift_bytes) == (40, 45)
+    bench.model.observe(96)
+    assert (bench.model.high_water_bytes, bench.model.drift_bytes, bench.free) == (0, 86, 4)
+
+
+def test_less_drift_admits() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.held("a", 10)
+    bench.model.observe(70)
+    waiting = bench.waiting("a", 20)  # R = 30, T = 50
+    assert admitted(bench.model.observe(50)) == [(waiting, 20)]
+
+
+# Mistakes.
+
+
+def test_what_is_not_there_cannot_be_given_back() -> None:
+    bench = Bench()
+    bench.component("a")
+    grant = bench.held("a", 10)
+    with pytest.raises(ValueError, match="11 of 10 bytes"):
+        bench.model.shrink(grant, 11)
+    bench.model.release(grant)
+    with pytest.raises(KeyError):
+        bench.model.release(grant)
+    with pytest.raises(KeyError):
+        bench.model.cancel(77)
+    bench.model.leave("a")
+    with pytest.raises(ValueError, match="nobody is in 'a'"):
+        bench.model.leave("a")

@@ -192,8 +192,8 @@ def _number(value: int, is_count: bool) -> str:
         return f"{value:,}".replace(",", " ")
     human = human_size(value)
     # "2 KiB" is exactly that; "2.0 KiB" has been rounded.
-    short = human.replace(".0 ", " ")
-    return short if parse_size(short) == value else human
+    whole = human.replace(".0 ", " ")
+    return whole if "." not in whole and parse_size(whole) == value else human
 
 
 def _checked(name: object) -> str:
@@ -230,25 +230,21 @@ class ComponentBounds:
     total_firm_limit_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        own, firm_limit = self.minimum_bytes, self.firm_limit_bytes
+        minimum, firm_limit = self.minimum_bytes, self.firm_limit_bytes
         if firm_limit is None:
-            firm_limit = own
+            firm_limit = minimum
         elif not 0 < firm_limit <= MAX_BYTES:
             raise InvalidComponentBounds(
                 self.path,
                 f"its firm limit is {format_size(firm_limit)}; it must be above 0 and at most "
                 "2**53 bytes, or be left out (then only the quota bounds the component)",
             )
-        below = self.subcomponents
+        for sub in self.subcomponents:
+            minimum += sub.total_minimum_bytes
+            firm_limit += sub.total_firm_limit_bytes
         # Kept, so that a total costs the same for any number of components.
-        for name, total in (
-            ("total_minimum_bytes", own + sum(sub.total_minimum_bytes for sub in below)),
-            (
-                "total_firm_limit_bytes",
-                firm_limit + sum(sub.total_firm_limit_bytes for sub in below),
-            ),
-        ):
-            object.__setattr__(self, name, total)
+        object.__setattr__(self, "total_minimum_bytes", minimum)
+        object.__setattr__(self, "total_firm_limit_bytes", firm_limit)
 
     @property
     def minimum_bytes(self) -> int:

@@ -43,7 +43,7 @@ class MemoryCgroup:
         exit status are the program's.
         """
         enter = 'echo 0 > "$0" && exec "$@"'
-        return ["/bin/sh", "-c", enter, str(self.path / "cgroup.procs"), *map(os.fspath, argv)]
+        return ["/bin/sh", "-c", enter, str(self.path / "cgroup.procs"), *map(str, argv)]
 
     def run(
         self, argv: Sequence[str | os.PathLike[str]], **options: Any
@@ -54,8 +54,8 @@ class MemoryCgroup:
             argv: the program and its arguments.
             options: what else ``subprocess.run`` takes; ``timeout`` is 120 s by default.
         """
-        settings = {"capture_output": True, "text": True, "timeout": 120, "check": False}
-        return subprocess.run(self.command(argv), **(settings | options))
+        settings = {"capture_output": True, "text": True, "timeout": 120}
+        return subprocess.run(self.command(argv), check=False, **(settings | options))
 
     @property
     def limit_bytes(self) -> int:
@@ -197,9 +197,7 @@ def _parent() -> tuple[Path, int]:
     )
 
 
-def _directory(
-    mounts: list[str], kind: str, option: str | None, paths: list[str]
-) -> Path | None:
+def _directory(mounts: list[str], kind: str, option: str | None, paths: list[str]) -> Path | None:
     for line in mounts:
         mount, _, file_system = line.partition(" - ")
         this_kind, *_, options = file_system.split(" ")

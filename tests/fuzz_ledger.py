@@ -25,7 +25,20 @@ from typing import Any
 
 from tests.model import Core, Grant, Model, Outcome
 
-__all__ = ["Config", "Difference", "Operation", "SideBySide", "fuzz", "random_episode", "replay"]
+__all__ = [
+    "Config",
+    "CoreFactory",
+    "Difference",
+    "Operation",
+    "SideBySide",
+    "fuzz",
+    "is_growing",
+    "load_factory",
+    "main",
+    "random_episode",
+    "replay",
+    "shrink",
+]
 
 Operation = tuple[Any, ...]
 CoreFactory = Callable[..., Core]
@@ -253,6 +266,13 @@ class _Generator:
         )
 
 
+def load_factory(path: str) -> CoreFactory:
+    """Find what makes a ledger, given as ``MODULE:NAME``."""
+    module, _, name = path.partition(":")
+    factory: CoreFactory = getattr(importlib.import_module(module), name)
+    return factory
+
+
 def random_episode(
     seed: int, steps: int, factory: CoreFactory, seen: Counter[str] | None = None
 ) -> tuple[Config, list[Operation], Difference | None]:
@@ -296,20 +316,21 @@ def _differs(config: Config, operations: list[Operation], factory: CoreFactory) 
 
 def shrink(config: Config, operations: list[Operation], factory: CoreFactory) -> list[Operation]:
     """Take out what is not needed for a difference, then make the numbers smaller."""
-    size = max(1, len(operations) // 2)
     while True:
-        start = 0
-        before = len(operations)
-        while start < len(operations):
-            fewer = operations[:start] + operations[start + size :]
-            if _differs(config, fewer, factory):
-                operations = fewer
-            else:
-                start += size
-        if size > 1:
+        before = operations
+        size = max(1, len(operations) // 2)
+        while size:
+            start = 0
+            while start < len(operations):
+                fewer = operations[:start] + operations[start + size :]
+                if _differs(config, fewer, factory):
+                    operations = fewer
+                else:
+                    start += size
             size //= 2
-        elif len(operations) == before:
-            return _with_small_numbers(config, operations, factory)
+        operations = _with_small_numbers(config, operations, factory)
+        if operations == before:
+            return operations
 
 
 def _with_small_numbers(
@@ -369,8 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episode", type=int, default=400, help="steps before starting afresh")
     parser.add_argument("--core", default=DEFAULT_CORE, help="MODULE:CLASS to try")
     options = parser.parse_args(arguments)
-    module, _, name = options.core.partition(":")
-    factory: CoreFactory = getattr(importlib.import_module(module), name)
+    factory = load_factory(options.core)
     found = fuzz(options.steps, options.seed, factory, episode=options.episode, report=True)
     if found is not None:
         print(found, file=sys.stderr)

@@ -141,6 +141,7 @@ class TestKeptFile:
         (tmp_path / "theirs").write_text("not a number")
         kept = KeptFile(str(tmp_path / "file"), unlike_others=True)
         kept.read(int)
+        assert kept._descriptor is not None
         number = kept._descriptor.number
         other = os.open(tmp_path / "theirs", os.O_RDONLY)
         os.dup2(other, number)
@@ -159,7 +160,7 @@ class TestKeptFile:
     def test_what_it_does_not_understand_is_an_oserror_with_the_path(self, kept):
         kept.read(int)
         Path(kept.path).write_text("three")
-        with pytest.raises(OSError, match="unexpected content .*three") as caught:
+        with pytest.raises(OSError, match=r"unexpected content .*three") as caught:
             kept.read(int)
         assert caught.value.filename == kept.path
 
@@ -180,9 +181,7 @@ class TestProcessProbe:
         assert ProcessProbe(children=True).name == "RSS of this process and its children"
 
     @linux
-    @pytest.mark.parametrize(
-        ("field", "place"), [("virtual", 1000), ("rss", 2000), ("data", 6000)]
-    )
+    @pytest.mark.parametrize(("field", "place"), [("virtual", 1000), ("rss", 2000), ("data", 6000)])
     def test_the_fields_of_statm(self, field, place, tmp_path, monkeypatch):
         (tmp_path / "statm").write_text("1000 2000 3000 4000 5000 6000 7000\n")
         monkeypatch.setattr(probes, "_STATM", KeptFile(str(tmp_path / "statm")))
@@ -234,7 +233,7 @@ class TestProcessProbe:
             ProcessProbe()
 
     def test_an_unknown_field_is_named(self):
-        with pytest.raises(InvalidLimit, match="field='pss' .*'rss', 'virtual', 'data'"):
+        with pytest.raises(InvalidLimit, match=r"field='pss' .*'rss', 'virtual', 'data'"):
             ProcessProbe("pss")  # type: ignore[arg-type]
 
     @linux
@@ -342,9 +341,7 @@ class TestCgroupProbe:
         assert CgroupProbe(cgroup(tmp_path, memory__stat=stat), 2).read() == 5
 
     def test_version_1_adds_all_kernel_memory(self, tmp_path):
-        path = cgroup(
-            tmp_path, memory__stat=V1_STAT, **{"memory__kmem__usage_in_bytes": "1500000\n"}
-        )
+        path = cgroup(tmp_path, memory__stat=V1_STAT, memory__kmem__usage_in_bytes="1500000\n")
         assert CgroupProbe(path, 1).read() == 40_000_000 + 2_000_000 + 1_500_000
 
     def test_version_1_without_kernel_accounting_or_shmem(self, tmp_path):

@@ -216,7 +216,7 @@ class AccessLogDecoder:
     """Apache's and nginx's common and combined log formats."""
 
     LINE = re.compile(
-        r'(?P<host>\S+) (?P<ident>\S+) (?P<user>[^\[]{1,256}) \[(?P<time>[^\]]{1,64})\] '
+        r"(?P<host>\S+) (?P<ident>\S+) (?P<user>[^\[]{1,256}) \[(?P<time>[^\]]{1,64})\] "
         r'"(?P<request>[^"\\]*(?:\\.[^"\\]*)*)" (?P<status>\d{3}) (?P<size>\d+|-)'
         r'(?: "(?P<referer>[^"\\]*(?:\\.[^"\\]*)*)" "(?P<agent>[^"\\]*(?:\\.[^"\\]*)*)")?\s*'
     )
@@ -231,11 +231,13 @@ class AccessLogDecoder:
             if line and not line.isspace():
                 match = self.LINE.fullmatch(line)
                 try:
-                    if match is None:
-                        raise ValueError
-                    records.append(self._record(match.groupdict()))
-                except ValueError:
+                    record = self._record(match.groupdict()) if match else None
+                except ValueError:  # no such day
+                    record = None
+                if record is None:
                     self.rejected += 1
+                else:
+                    records.append(record)
         return records
 
     @staticmethod
@@ -326,12 +328,19 @@ class SlowSink:
 
     Args:
         bytes_per_second: how fast it takes JSON; 0 for as fast as it comes.
+        stall_seconds: how long it takes nothing at all after the first batch.
         output: where to write besides; nowhere if None.
     """
 
-    def __init__(self, bytes_per_second: int = 0, output: BinaryIO | None = None) -> None:
+    def __init__(
+        self,
+        bytes_per_second: int = 0,
+        stall_seconds: float = 0.0,
+        output: BinaryIO | None = None,
+    ) -> None:
         self.totals = Totals()
         self._bytes_per_second = bytes_per_second
+        self._stall_seconds = stall_seconds
         self._output = output
 
     async def write(self, records: Iterable[Record]) -> None:
@@ -341,6 +350,8 @@ class SlowSink:
             await anyio.to_thread.run_sync(self._output.write, payload)
         if self._bytes_per_second:
             await anyio.sleep(len(payload) / self._bytes_per_second)
+        if self.totals.batches == 1:
+            await anyio.sleep(self._stall_seconds)
 
     def account(self, records: Iterable[Record]) -> bytes:
         """Count a batch, and give the bytes that are written for it."""
@@ -471,7 +482,9 @@ def run_one_by_one(blocks: Blocks, decoder: Decoder, enricher: Enricher, sink: S
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="log_pipeline.py", description=str(__doc__).partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="log_pipeline.py", description=str(__doc__).partition("\n")[0]
+    )
     parser.add_argument("file", help="what to read, plain, .gz or .zst; - for standard input")
     parser.add_argument(
         "--format", choices=("auto", "csv", "ndjson", "log"), default="auto", help="default: auto"
@@ -486,9 +499,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rate",
         type=parse_size,
-        default="6MB",
+        default="12MB",
         metavar="BYTES",
-        help="how much the sink takes a second; 0 for as fast as it comes; default: 6MB",
+        help="how much the sink takes a second; 0 for as fast as it comes; default: 12MB",
+    )
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long the sink takes nothing after the first batch; default: 0",
     )
     parser.add_argument("--output", metavar="FILE", help="write the records here, as NDJSON")
     parser.add_argument("--report", choices=("text", "json"), default="text")
@@ -506,7 +526,7 @@ def run(arguments: argparse.Namespace) -> None:
     enricher = Enricher(arguments.join)
     report = Report(as_json=arguments.report == "json")
     with open(arguments.output, "wb") if arguments.output else nullcontext() as output:
-        sink = SlowSink(arguments.rate, output)
+        sink = SlowSink(arguments.rate, arguments.stall, output)
         if arguments.one_by_one:
             run_one_by_one(blocks, decoder, enricher, sink)
         else:

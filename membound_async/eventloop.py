@@ -150,7 +150,7 @@ class _TrioLoop(EventLoop):
         super().__init__()
         self._trio = trio
         self.token = self._token = trio.lowlevel.current_trio_token()
-        self.now = trio.current_time
+        self.now = trio.lowlevel.current_clock().current_time  # from any thread
         self._over = False
 
     def place(self) -> _TrioPlace:

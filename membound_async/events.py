@@ -24,7 +24,7 @@ def log() -> structlog.stdlib.BoundLogger:
     The application's, once it has configured structlog; until then the stdlib logger
     ``membound_async``.
     """
-    if structlog.is_configured():
-        configured: structlog.stdlib.BoundLogger = structlog.get_logger("membound_async")
-        return configured
-    return _to_stdlib
+    logger: structlog.stdlib.BoundLogger = (
+        structlog.get_logger("membound_async") if structlog.is_configured() else _to_stdlib
+    )
+    return logger

@@ -296,9 +296,9 @@ class MemoryGrant:
     def __del__(self) -> None:
         # May run in any thread, and inside the limiter's own lock: it only queues.
         if self._state == HELD or self._state == ALONE:
-            self._component._limiter._abandon(
-                self._component._account, self._size, self._state == ALONE
-            )
+            limiter = self._component._limiter
+            limiter._grants.discard(ref(self))
+            limiter._abandon(self._component._account, self._size, self._state == ALONE)
             warnings.warn(
                 f"{self!r} was never released; it is given back now. Use `async with`, or "
                 "release() in a finally block",

@@ -147,7 +147,7 @@ class MemoryLimiter:
         self._timer: Handle | None = None
         self._entered = 0
         self._used = False
-        self._verified: tuple[int, int] | None = None
+        self._verified: tuple[int, int, int | None] | None = None
         self._adopted: list[Component] = []
         self._rehearsal = Rehearsal()
         self._wait_seconds: dict[Account, float] = {}
@@ -291,13 +291,11 @@ class MemoryLimiter:
         if component._limiter is not None and component._limiter is not self:
             raise LimitError(f"{component!r} belongs to another limiter; make a new one")
         if component._limiter is None:
-            self.registry.register(component.path, component)
+            declared = self.registry.register(component.path, component)
             self._components.setdefault(component.path, component)
             self._join(component)
-            below = component.path + "."
-            for path in self.registry:
-                if path.startswith(below):
-                    self._declare(self.component(path))
+            for node in declared.walk():
+                self._declare(self.component(node.path))
         return component
 
     def find(self, path: str) -> Component:
@@ -320,13 +318,7 @@ class MemoryLimiter:
             InsufficientMinimumMemory: the minimums do not fit.
             FirmLimitExceedsAvailable: the firm limits do not fit.
         """
-        return BoundsVerifier(
-            self.registry,
-            self._ledger.limit,
-            self._ledger.baseline,
-            self.settings.overcommit,
-            slop_factor=self._limit.slop_factor,
-        ).verify()
+        return self._verifier().verify()
 
     # --- grants
 
@@ -470,7 +462,8 @@ class MemoryLimiter:
         for component in self._adopted:
             if not component._account.granted and not component._account.entries:
                 component._limiter = component._account = None
-                self._components.pop(component.path, None)
+                if self._components.get(component.path) is component:
+                    del self._components[component.path]
         self._adopted.clear()
 
     # --- components, inside
@@ -508,12 +501,26 @@ class MemoryLimiter:
         self._adopted.append(component)
         return component
 
+    def _verifier(self) -> BoundsVerifier:
+        return BoundsVerifier(
+            self.registry,
+            self._ledger.limit,
+            self._ledger.baseline,
+            self.settings.overcommit,
+            slop_factor=self._limit.slop_factor,
+        )
+
     def _verify_if_changed(self) -> None:
-        totals = (self.registry.total_minimum_bytes, self.registry.total_firm_limit_bytes)
+        registry = self.registry
+        totals = (
+            registry.total_minimum_bytes,
+            registry.total_firm_limit_bytes,
+            registry.largest.firm_limit_bytes,
+        )
         if self._mode == "disabled" or totals == self._verified:
             return
         try:
-            self.verify()
+            self._verifier().check()
         except BoundsError as error:
             if self._mode == "strict":
                 raise
@@ -566,19 +573,18 @@ class MemoryLimiter:
         self._sample_if_due(request.nbytes, now)
         with self._lock:
             settled = self._ask(request, now)
-            waits = request.state is State.WAITING
-            if waits:
-                request.owner = place = loop.place()
+            if request.state is State.WAITING:
+                request.owner = loop.place()
                 request.asked_at = now
         self._wake(settled)
         try:
-            if waits:
+            if request.owner is not None:
                 self._arm(loop)
                 if timeout is None:
-                    await place
+                    await request.owner
                 else:
                     with anyio.move_on_after(timeout):
-                        await place
+                        await request.owner
                 self._waited(request, now)
             if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
                 delay = self._delay
@@ -612,21 +618,19 @@ class MemoryLimiter:
         clock = time.monotonic
         started = clock()
         self._sample_if_due(request.nbytes, self._now())
-        place = ThreadPlace()
         with self._lock:
             settled = self._ask(request, self._now())
-            if waits := request.state is State.WAITING:
-                request.owner = place
+            if request.state is State.WAITING:
+                request.owner = place = ThreadPlace()
                 request.asked_at = self._now()
         self._wake(settled)
         try:
-            if waits:
+            if request.owner is not None:
                 deadline = math.inf if timeout is None else started + timeout
                 while not place.wait(min(self._interval(), max(0.0, deadline - clock()))):
                     if request.state is State.WAITING and clock() >= deadline:
                         break
-                    if self._loop is None or self._loop.ended:
-                        self._look()
+                    self._look()
                 self._waited(request, request.asked_at)
             if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
                 self._add(self._delay_seconds, request.account, self._delay)
@@ -648,14 +652,15 @@ class MemoryLimiter:
 
     def _rehearse(self, request: Request, now: float) -> None:
         """Charge the request whatever the rules say, and note what they would have said."""
-        ledger, account = self._ledger, request.account
-        if ledger.refusal(request) is not None:
-            self._rehearsal.refused(account)
-        else:
-            missing = ledger.missing(request)
-            if missing > 0:
-                self._rehearsal.waited(account, ledger.free + missing - request.nbytes, now)
+        ledger = self._ledger
+        self._rehearsal.settle(ledger.free, now)
+        possible = ledger.refusal(request) is None
+        missing = ledger.missing(request)
         ledger.force(request)
+        if not possible:
+            self._rehearsal.refused(request.account)
+        elif missing > 0:
+            self._rehearsal.waited(request.account, ledger.free + missing, now)
 
     def _waited(self, request: Request, since: float) -> None:
         """Note the end of a wait; raise if it has not ended in an admission."""
@@ -707,7 +712,6 @@ class MemoryLimiter:
                 "membound.grant_leaked", component=account.name, granted_bytes=nbytes
             )
             self._give_back(account, nbytes, exclusive=exclusive)
-        self._grants = {reference for reference in self._grants if reference() is not None}
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""

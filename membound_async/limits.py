@@ -57,8 +57,8 @@ class MemoryLimit:
     def effective_bytes(self) -> int:
         """The limit less the slop, rounded down: ``int(limit * (1 - slop_factor))``.
 
-        Exact: the factor is taken as it is written, so 100 bytes with 0.15 leave 85 and
-        not, as a float would have it, 84.
+        Exact: the factor is taken as it is written, so 1000 bytes with 0.9 leave 100 and
+        not, as floats would have it, 99.
         """
         return int(self.limit_bytes * (1 - Fraction(str(self.slop_factor))))
 
@@ -164,7 +164,11 @@ class Machine:
 
 
 def detect(
-    *, processes: int = 1, processes_from: str = "processes", machine: Machine | None = None
+    *,
+    processes: int = 1,
+    processes_from: str = "processes",
+    probe: MemoryProbe | None = None,
+    machine: Machine | None = None,
 ) -> DetectedLimit:
     """Give the smallest limit that the system sets for this process.
 
@@ -183,6 +187,7 @@ def detect(
         processes: how many processes share what the container allows. With more than one,
             each takes its part of a shared limit and measures its own RSS.
         processes_from: what set that number, for ``source``.
+        probe: measure with this one instead; no other is opened then.
         machine: where to look.
 
     Raises:
@@ -207,10 +212,12 @@ def detect(
         return max(1, found[0])
 
     divided = binding.shared and processes > 1
+    if probe is None:
+        probe = ProcessProbe() if divided else binding.open_probe()
     return DetectedLimit(
         limit_bytes=limit,
         source=binding.name + (f", divided by {processes_from}={processes}" if divided else ""),
-        probe=ProcessProbe() if divided else binding.open_probe(),
+        probe=probe,
         reread=reread,
         pressure_path=binding.pressure_path,
     )
@@ -220,6 +227,7 @@ def resolve(
     limit: int | str | None = None,
     *,
     processes: int | None = None,
+    probe: MemoryProbe | None = None,
     environ: Mapping[str, str] | None = None,
     machine: Machine | None = None,
 ) -> DetectedLimit:
@@ -232,6 +240,7 @@ def resolve(
         processes: how many processes share the limit; None for ``WEB_CONCURRENCY``, which
             web servers set, or 1. Each takes ``limit // processes`` and measures its own
             RSS. Limits on single processes (``RLIMIT_AS``, ``RLIMIT_DATA``) are not divided.
+        probe: measure with this one instead; no other is opened then.
         environ: the environment variables; None for the process's own. Empty ones count as
             not set.
         machine: where to look.
@@ -247,7 +256,7 @@ def resolve(
         source = "MEMBOUND_LIMIT"
         limit = environ.get(source, "").strip() or None
     if limit is None:
-        return detect(processes=count, processes_from=counted_by, machine=machine)
+        return detect(processes=count, processes_from=counted_by, probe=probe, machine=machine)
     name = "limit" if source == "explicit" else source
     try:
         given = parse_size(limit, name)
@@ -262,7 +271,7 @@ def resolve(
     return DetectedLimit(
         limit_bytes=share,
         source=source + (f", divided by {counted_by}={count}" if count > 1 else ""),
-        probe=ProcessProbe(),
+        probe=ProcessProbe() if probe is None else probe,
         exceeds=_lower_than(share, count, machine or Machine()),
     )
 
@@ -375,8 +384,7 @@ def _own_cgroups(root: str) -> dict[int, str]:
         if "memory" in controllers.split(","):
             own[1] = path
         elif hierarchy == "0":
-            # a removed cgroup's ancestors still count
-            own[2] = path.removesuffix(" (deleted)")
+            own[2] = path
     return own
 
 

@@ -10,18 +10,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+from concurrent.futures import Executor
+from fractions import Fraction
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
-    from .limiter import MemoryLimiter
+from .limiter import MemoryLimiter
+from .pressure import PressurePolicy
+from .settings import LimiterSettings
 
 __all__ = ["ScriptedProbe", "VirtualTimeLoop", "limiter"]
+
+_LOOK_AGAIN_SECONDS = 0.005
 
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
@@ -80,10 +84,10 @@ class ScriptedProbe:
 
 
 def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
-    """Give a limiter for a test: all of ``limit`` can be granted, and nothing is delayed.
+    """Give a limiter for a test: its numbers follow from those in the test, and no others.
 
-    It has no slop and no baseline, a `ScriptedProbe` that reads 0, and a pressure policy
-    without delays, so that every number in a test follows from the numbers in the test.
+    No slop and no baseline are taken off ``limit``, a `ScriptedProbe` reads 0, and nothing
+    is delayed. The environment changes nothing.
 
     Args:
         limit: bytes, or a ``str`` such as ``"64MiB"``.
@@ -92,19 +96,18 @@ def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
     Raises:
         InvalidLimit: ``limit`` or an option makes no sense.
     """
-    from .limiter import MemoryLimiter
-    from .pressure import PressurePolicy
-    from .settings import LimiterSettings
-
+    undelayed = PressurePolicy(min_delay_seconds=0, max_delay_seconds=0)
     chosen: dict[str, Any] = {
         "slop_factor": 0,
+        "share": Fraction(1, 2),
         "baseline": 0,
         "probe": ScriptedProbe(0),
-        "settings": LimiterSettings(
-            pressure=PressurePolicy(min_delay_seconds=0, max_delay_seconds=0)
-        ),
+        "observe": False,
+        "mode": "strict",
+        "processes": 1,
+        "settings": LimiterSettings(pressure=undelayed),
     }
-    return MemoryLimiter(limit, **{**chosen, **options})
+    return MemoryLimiter(limit, **(chosen | options))
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -196,18 +199,17 @@ class _JumpingSelector(selectors.DefaultSelector):
         self._idle_seconds = idle_seconds
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is not None and timeout <= 0:
-            return super().select(timeout)
+        seconds = math.inf if timeout is None else timeout
         # Asked before looking: a job that ends in between must not be overlooked.
-        if self._loop.has_thread_jobs():
+        if seconds > 0 and self._loop.has_thread_jobs():
             started = time.monotonic()
-            events = super().select(timeout)
-            waited = time.monotonic() - started
-            self._loop.advance(waited if events or timeout is None else timeout)
-        elif timeout is None:
-            events = super().select(None)
-        else:
-            events = super().select(min(self._idle_seconds, timeout))
+            # Not for long, because a thread does not tell when it goes idle.
+            events = super().select(min(seconds, _LOOK_AGAIN_SECONDS))
+            self._loop.advance(time.monotonic() - started)
+        elif 0 < seconds < math.inf:
+            events = super().select(min(seconds, self._idle_seconds))
             if not events:
-                self._loop.advance(timeout)
+                self._loop.advance(seconds)
+        else:
+            events = super().select(timeout)
         return events

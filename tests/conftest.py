@@ -70,23 +70,28 @@ def no_blocking_calls() -> Iterator[None]:
     cli = [name for name in ["membound_async.cli"] if importlib.util.find_spec(name)]
     with blockbuster.blockbuster_ctx("membound_async", excluded_modules=cli) as watch:
         for function in watch.functions.values():
-            if function.full_name.startswith(("io.", "os.read")):
+            if function.full_name.startswith(("io.", "os.read", "os.stat")):
+                function.deactivate()
                 function.can_block_predicate = _or_kernel_file(function.can_block_predicate)
+                function.activate()
         yield
 
 
 def _or_kernel_file(allowed: Any) -> Any:
-    def predicate(file: IO[Any] | int, *args: Any, **kwargs: Any) -> bool:
+    def predicate(file: IO[Any] | int | str, *args: Any, **kwargs: Any) -> bool:
         return allowed(file, *args, **kwargs) or _is_kernel_file(file)
 
     return predicate
 
 
-def _is_kernel_file(file: IO[Any] | int) -> bool:
+def _is_kernel_file(file: IO[Any] | int | str) -> bool:
     """Tell whether a file is one of /proc or /sys: no disk, ready in microseconds."""
-    descriptor = file if isinstance(file, int) else file.fileno()
-    try:
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-    except OSError:
-        return False
+    if isinstance(file, str):
+        path = Path(file)
+    else:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        try:
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        except OSError:
+            return False
     return path.parts[:2] in {("/", "proc"), ("/", "sys")}

@@ -147,7 +147,7 @@ class Waiter:
     @property
     def is_firm_blocked(self) -> bool:
         """Whether only its own component can make room for it."""
-        return self.kind != "enter" and not self.component.fits_firm_limit(self.nbytes)
+        return not self.component.fits_firm_limit(self.nbytes)
 
     @property
     def total_bytes(self) -> int:

@@ -84,7 +84,8 @@ class TestMemoryLimit:
     @pytest.mark.parametrize(
         ("limit", "slop", "effective"),
         [
-            (100, 0.15, 85),  # 84 with a float
+            (100, 0.15, 85),
+            (1000, 0.9, 100),  # 99 with floats
             (100, 0.0, 100),
             (100, 0, 100),
             (64 * MIB, 0.15, 57_042_534),
@@ -99,7 +100,7 @@ class TestMemoryLimit:
         assert MemoryLimit(limit, slop).effective_bytes == effective
 
     @given(st.integers(1, MAX_BYTES), st.decimals(0, "0.9999", places=4))
-    @example(100, Decimal("0.15"))
+    @example(1000, Decimal("0.9"))
     def test_it_is_the_decimal_calculation_rounded_down(self, limit, slop):
         exact = limit * (1 - slop)
         effective = MemoryLimit(limit, float(slop)).effective_bytes
@@ -207,6 +208,9 @@ class TestCgroupV1:
         fake.v1("/sys/fs/cgroup/memory", none)
         fake.v1("/sys/fs/cgroup/memory/app", none)
         assert detect(machine=fake.machine).source == "physical memory"
+        unknown = Machine(str(fake.root), fake.rlimits.get, lambda: None)
+        with pytest.raises(LimitNotDetected, match=r"cgroup v1 .*memory/app"):
+            detect(machine=unknown)
 
     def test_an_ancestor_binds(self, fake):
         fake.proc(cgroup="4:memory:/pod/app\n", mountinfo=V1_MOUNT)
@@ -521,6 +525,21 @@ class TestBadCgroups:
         (app / "memory.stat").unlink()
         with pytest.raises(InvalidLimit, match=rf"{app}/memory\.stat.*pass probe="):
             detect(machine=fake.machine)
+
+    def test_with_a_probe_of_ones_own_none_is_opened(self, fake, monkeypatch):
+        class Own:
+            name = "own"
+
+            def read(self) -> int:
+                return 5
+
+        own = Own()
+        fake.proc(cgroup="0::/app\n", mountinfo=V2_MOUNT)
+        (fake.v2("/sys/fs/cgroup/app", GIB) / "memory.stat").unlink()
+        monkeypatch.setattr(limits, "ProcessProbe", pytest.fail)
+        for limit, processes in [(None, 1), (None, 2), ("64MiB", 1)]:
+            found = resolve(limit, processes=processes, probe=own, environ={}, machine=fake.machine)
+            assert found.probe is own
 
     def test_a_proc_file_that_cannot_be_read(self, fake):
         (fake.root / "proc/self/cgroup").unlink()

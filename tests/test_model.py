@@ -304,6 +304,20 @@ def test_what_waits_for_its_firm_limit_counts_nothing() -> None:
     assert bench.waiter(parked).bypassed_bytes == 0
 
 
+def test_behind_a_grow_it_counts_though_the_firm_limit_is_in_its_way() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    bench.component("a", firm=10)
+    bench.component("b")
+    bench.held("a", 4)
+    ours = bench.held("a", 4)
+    grow = bench.growing(ours, 3)
+    request = bench.waiting("a", 3)
+    bench.held("b", 11)
+    counts = [bench.waiter(ticket).bypassed_bytes for ticket in (grow, request)]
+    assert counts == [0, 11]
+    assert bench.model.snapshot().barriers == ()
+
+
 def test_a_barrier_over_its_firm_limit_is_none() -> None:
     bench = Bench(bypass_limit_bytes=10)
     for name in "abcd":
@@ -491,6 +505,18 @@ def test_up_to_takes_what_the_rule_allows() -> None:
     assert admitted(outcome) == [(ticket, 7)]
 
 
+def test_all_that_it_takes_is_counted() -> None:
+    bench = Bench(bypass_limit_bytes=10)
+    bench.component("a", minimum=5)
+    bench.component("b")
+    bench.held("b", 40)  # R = 55
+    waiting = bench.waiting("b", 10)  # T = 60
+    bench.ask("request", "a", 1, up_to=15)
+    assert bench.waiter(waiting).bypassed_bytes == 10
+    bench.ask("request", "a", 1, up_to=2)  # R = 45, T = 12
+    assert bench.model.snapshot().barriers == (waiting,)
+
+
 def test_up_to_waits_for_the_least() -> None:
     bench = Bench()
     bench.component("a")
@@ -615,6 +641,14 @@ def test_drift_is_what_nobody_was_granted() -> None:
     assert (bench.model.high_water_bytes, bench.model.drift_bytes) == (40, 45)
     bench.model.observe(96)
     assert (bench.model.high_water_bytes, bench.model.drift_bytes, bench.free) == (0, 86, 4)
+
+
+def test_what_was_granted_between_samples_is_no_drift() -> None:
+    bench = Bench()
+    bench.component("a")
+    bench.model.release(bench.held("a", 40))
+    bench.model.observe(50)
+    assert (bench.model.high_water_bytes, bench.model.drift_bytes) == (40, 10)
 
 
 def test_less_drift_admits() -> None:

@@ -157,6 +157,11 @@ class TestKeptFile:
         Path(kept.path).write_text("3")
         assert kept.read(int) == 3
 
+    def test_an_error_while_reading_names_the_path_too(self, tmp_path):
+        with pytest.raises(IsADirectoryError) as caught:
+            KeptFile(str(tmp_path)).read(int)
+        assert caught.value.filename == str(tmp_path)
+
     def test_what_it_does_not_understand_is_an_oserror_with_the_path(self, kept):
         kept.read(int)
         Path(kept.path).write_text("three")

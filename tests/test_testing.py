@@ -10,9 +10,12 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 
+from membound_async import testing
+from membound_async.exceptions import GrantTooLarge, InvalidLimit
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
 HOUR = 3600.0
+MIB = 2**20
 
 
 class TestScriptedProbe:
@@ -73,6 +76,69 @@ class TestScriptedProbe:
             ScriptedProbe([])
 
 
+class TestLimiter:
+    def test_its_numbers_are_round(self):
+        statistics = testing.limiter().statistics()
+        assert statistics.limit_bytes == statistics.effective_limit_bytes == 64 * MIB
+        assert statistics.free_bytes == 64 * MIB
+        assert (statistics.baseline_bytes, statistics.measured_bytes) == (0, 0)
+        assert statistics.measured_name == "scripted"
+
+    def test_half_of_what_nobody_holds_is_granted(self):
+        limiter = testing.limiter("10MiB")
+        with pytest.raises(GrantTooLarge) as refused:
+            limiter.grant_nowait(5 * MIB + 1)
+        assert refused.value.most_bytes == 5 * MIB
+        with limiter.grant_nowait(5 * MIB):
+            assert limiter.statistics().free_bytes == 5 * MIB
+
+    def test_nothing_is_delayed(self):
+        limiter = testing.limiter(1000, probe=ScriptedProbe(999))
+        assert limiter.statistics().level == pytest.approx(0.98)
+        assert limiter.statistics().delay_seconds == 0
+
+    def test_takes_what_a_limiter_takes(self):
+        limiter = testing.limiter(
+            1000, share=1, slop_factor=0.25, baseline=100, probe=ScriptedProbe(100)
+        )
+        with limiter.grant_nowait(650):
+            assert limiter.statistics().free_bytes == 0
+
+    def test_the_environment_changes_nothing(self, monkeypatch):
+        for name, value in {
+            "MEMBOUND_LIMIT": "1MiB",
+            "MEMBOUND_MAX_DELAY_SECONDS": "1",
+            "MEMBOUND_MODE": "disabled",
+            "MEMBOUND_OBSERVE": "1",
+            "MEMBOUND_SHARE": "1",
+            "MEMBOUND_SLOP_FACTOR": "0.5",
+            "WEB_CONCURRENCY": "4",
+        }.items():
+            monkeypatch.setenv(name, value)
+        limiter = testing.limiter("10MiB")
+        assert limiter.statistics().free_bytes == 10 * MIB
+        with pytest.raises(GrantTooLarge):
+            limiter.grant_nowait(5 * MIB + 1)
+
+    def test_a_limit_that_makes_no_sense_is_refused(self):
+        with pytest.raises(InvalidLimit, match="0"):
+            testing.limiter(0)
+
+    @pytest.mark.virtual_time
+    async def test_waits_on_virtual_time(self):
+        limiter = testing.limiter("10MiB", share=1)
+        grant = await limiter.grant("10MiB")
+
+        async def release():
+            await anyio.sleep(HOUR)
+            grant.release()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(release)
+            async with limiter.grant("10MiB"):
+                assert anyio.current_time() == pytest.approx(HOUR)
+
+
 class TestVirtualTime:
     pytestmark = pytest.mark.virtual_time
 
@@ -128,7 +194,7 @@ class TestThreadsOnVirtualTime:
         with anyio.fail_after(HOUR):
             for _ in range(2):  # the second time in a thread that has idled
                 await anyio.to_thread.run_sync(time.sleep, 0.05, limiter=limiter)
-                await asyncio.sleep(HOUR / 4)
+                await anyio.sleep(HOUR / 4)
         assert HOUR / 2 + 0.08 < anyio.current_time() < HOUR / 2 + 60
 
     async def test_a_timer_beside_a_thread_fires_in_real_time(self):
@@ -157,8 +223,8 @@ class TestThreadsOnVirtualTime:
         finish = threading.Event()
         job = loop.run_in_executor(None, finish.wait, 60)
         job.cancel()
-        await asyncio.sleep(HOUR)
-        assert loop.time() == pytest.approx(HOUR)
+        await anyio.sleep(HOUR)
+        assert loop.time() == HOUR
         finish.set()
 
 

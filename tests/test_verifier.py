@@ -80,8 +80,11 @@ class TestVerify:
         assert caught.value.suggested_limit_bytes == 100
 
     def test_overcommit_is_taken_as_it_is_written(self):
-        # 1.1 in binary is a little more; 10 * 1.1 is 11 all the same, and 11.000...2 is not 12.
-        assert BoundsVerifier(declared(a=(0, 5), b=(0, 6)), 10, 0, 1.1).smallest_limit_bytes == 10
+        # In binary 1.15 is a little less, and 114 would be all of 100.
+        registry = declared(a=(0, 60), b=(0, 55))
+        assert BoundsVerifier(registry, 100, 0, 1.15).verify().smallest_limit_bytes == 100
+        with pytest.raises(FirmLimitExceedsAvailable):
+            BoundsVerifier(registry, 100, 0, 1.14).check()
 
     def test_suggestion_meets_all_checks_at_once(self):
         # The minimums fail first, but the firm limits need more than they do.

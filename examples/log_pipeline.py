@@ -328,7 +328,7 @@ class SlowSink:
 
     Args:
         bytes_per_second: how fast it takes JSON; 0 for as fast as it comes.
-        stall_seconds: how long it takes nothing at all after the first batch.
+        stall_seconds: how long it takes nothing at all, once, after ten batches.
         output: where to write besides; nowhere if None.
     """
 
@@ -348,10 +348,10 @@ class SlowSink:
         payload = self.account(records)
         if self._output is not None:
             await anyio.to_thread.run_sync(self._output.write, payload)
-        if self._bytes_per_second:
-            await anyio.sleep(len(payload) / self._bytes_per_second)
-        if self.totals.batches == 1:
-            await anyio.sleep(self._stall_seconds)
+        seconds = len(payload) / self._bytes_per_second if self._bytes_per_second else 0.0
+        if self.totals.batches == 10:
+            seconds += self._stall_seconds
+        await anyio.sleep(seconds)
 
     def account(self, records: Iterable[Record]) -> bytes:
         """Count a batch, and give the bytes that are written for it."""
@@ -508,7 +508,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="how long the sink takes nothing after the first batch; default: 0",
+        help="how long the sink takes nothing at all, after ten batches; default: 0",
     )
     parser.add_argument("--output", metavar="FILE", help="write the records here, as NDJSON")
     parser.add_argument("--report", choices=("text", "json"), default="text")

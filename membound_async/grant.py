@@ -39,7 +39,16 @@ class MemoryGrant:
     waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
-    __slots__ = ("__weakref__", "_component", "_options", "_since", "_size", "_state", "_wanted")
+    __slots__ = (
+        "__weakref__",
+        "_component",
+        "_growing",
+        "_options",
+        "_since",
+        "_size",
+        "_state",
+        "_wanted",
+    )
 
     def __init__(
         self,
@@ -206,7 +215,11 @@ class MemoryGrant:
             GrantTooLarge: together with what it holds, it could never be had.
         """
         request = self._grow_request(nbytes, "grow")
-        await self._component._limiter._acquire(request, None)
+        self._growing = True
+        try:
+            await self._component._limiter._acquire(request, None)
+        finally:
+            self._growing = False
         self._hold(request)
 
     def grow_nowait(self, nbytes: int | str) -> None:
@@ -230,6 +243,7 @@ class MemoryGrant:
         """
         nbytes = parse_size(nbytes, "nbytes")
         limiter = self._held_by("shrink")
+        account = self._component._account
         with limiter._lock:
             self._held_by("shrink")
             if nbytes > self._size:
@@ -237,7 +251,10 @@ class MemoryGrant:
                     f"cannot shrink a grant of {format_size(self._size)} by {format_size(nbytes)}"
                 )
             self._size -= nbytes
-        limiter._give_back(self._component._account, nbytes)
+            ordinary = self._state == ALONE and self._size <= limiter._ledger.most(account)
+            if ordinary:  # it would have been given so much by the rule: the pool is open again
+                self._state = HELD
+        limiter._give_back(account, nbytes, exclusive=ordinary)
 
     def resize(self, nbytes: int | str) -> None:
         """Make it hold so many bytes in all: ``shrink``, or ``grow_nowait`` with its errors."""
@@ -291,6 +308,8 @@ class MemoryGrant:
 
     def _grow_request(self, nbytes: int | str, operation: str) -> Request:
         self._held_by(operation)
+        if getattr(self, "_growing", False):
+            raise RuntimeError(f"{operation}: another task is waiting to grow this grant already")
         return self._request(Kind.GROW, parse_size(nbytes, "nbytes"))
 
     def __del__(self) -> None:

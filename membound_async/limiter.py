@@ -120,12 +120,12 @@ class MemoryLimiter:
         self._fixed_baseline = None if baseline is None else _size(baseline, "baseline")
         fraction = _parse_share(_given(share, "SHARE", Fraction(1, 2)))
         slop = _parse_slop(_given(slop_factor, "SLOP_FACTOR", 0.15))
-        found = resolve(limit, processes=processes)
+        found = resolve(limit, processes=processes, probe=probe)
         self._limit = MemoryLimit(found.limit_bytes, slop, found.source)
         self._reread_limit = found.reread
         self._limit_exceeds = found.exceeds
         self._pressure_path = found.pressure_path
-        self._probe: MemoryProbe = found.probe if probe is None else probe
+        self._probe: MemoryProbe = found.probe
         self._setup(fraction)
         if found.exceeds is not None:
             log().warning(
@@ -154,6 +154,8 @@ class MemoryLimiter:
         self._delay_seconds: dict[Account, float] = {}
         self._samples = self._failures = 0
         self._failing_since: float | None = None
+        self._first_barrier: Request | None = None
+        self._first_barrier_at = 0.0
         self._stalled = False
         self._progress_moved = 0
         self._progress_at = self._now()
@@ -716,6 +718,14 @@ class MemoryLimiter:
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
         for request in settled:
+            if request.out_of_turn and not request.alone:
+                log().info(
+                    "membound.progress",
+                    component=request.account.name,
+                    wanted_bytes=request.nbytes,
+                    free_bytes=self._ledger.free,
+                    drift_bytes=self._ledger.drift,
+                )
             place = request.owner
             if isinstance(place, ThreadPlace):
                 place.wake()
@@ -775,7 +785,7 @@ class MemoryLimiter:
         now = self._now()
         self._sample(now)
         if self._ledger.waiters.count:
-            self._lift_barriers(now)
+            self._lift_barrier(now)
             self._watch_for_stall(now)
         elif self._stalled:
             self._watch_for_stall(now)
@@ -882,15 +892,15 @@ class MemoryLimiter:
             if isinstance(error, OSError):
                 self._limit_look_at = math.inf
 
-    def _lift_barriers(self, now: float) -> None:
-        """Lift barriers that were not served for long: they may wait for ever."""
-        settled: list[Request] = []
+    def _lift_barrier(self, now: float) -> None:
+        """Lift the first barrier if it was not served for long: it may wait for ever."""
+        first = self._ledger.waiters.first_barrier()
+        if first is not self._first_barrier:
+            self._first_barrier, self._first_barrier_at = first, now
+        if first is None or now - self._first_barrier_at < self.settings.stall_after_seconds:
+            return
         with self._lock:
-            for barrier in self._ledger.waiters.barriers():
-                if barrier.barred_at is None:
-                    barrier.barred_at = now
-                elif now - barrier.barred_at >= self.settings.stall_after_seconds:
-                    settled += self._ledger.lift(barrier)
+            settled = self._ledger.lift(first) if first.barrier else []
         self._wake(settled)
 
     def _watch_for_stall(self, now: float) -> None:
@@ -1077,9 +1087,12 @@ def _parse_switch(value: Any, name: str) -> bool:
 
 def _parse_slop(value: Any) -> float:
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
+        slop = float(value) if isinstance(value, str) else value
+        if not isinstance(slop, bool) and 0 <= slop < 1:
+            return slop
+    except (TypeError, ValueError):
+        pass
+    _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
 
 
 def _parse_share(value: Any) -> Fraction:

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
+from itertools import islice
 
 from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
-from .waiters import READY, Kind, Queue, Request, State, Waiters
+from .waiters import READY, Kind, Queue, Request, State, Waiters, rank_of
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
@@ -211,8 +212,8 @@ class Ledger:
     def most(self, account: Account) -> int:
         """The most that the account could have in one grant if nobody else had anything."""
         reserved = account.reserved
-        pool = self._p * (self.limit - self.baseline - reserved) // self._q
-        return max(0, min(account.firm_limit, reserved + pool))
+        pool = max(0, self._p * (self.limit - self.baseline - reserved) // self._q)
+        return min(account.firm_limit, reserved + pool)
 
     def most_alone(self, account: Account) -> int:
         """The most that one grant could have with the pool to itself."""
@@ -315,7 +316,11 @@ class Ledger:
         return self._changed(account) if self.waiters.count else ()
 
     def lift(self, barrier: Request) -> list[Request]:
-        """Make a barrier an ordinary waiter again: what it waits for may be held for good."""
+        """Make a barrier an ordinary waiter again: what it waits for may be held for good.
+
+        Lift the first one only. The others have only waited behind it, and would lose their
+        turn each time, although there may be room for them.
+        """
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
 
@@ -330,7 +335,9 @@ class Ledger:
                 name, account.minimum, self.limit - self.baseline, "limit less baseline"
             )
         total = request.nbytes + request.held
-        most = self.most_alone(account) if request.alone else self.most(account)
+        most = self.most(account)
+        if request.alone:
+            most = max(most, self.most_alone(account))
         if total <= most:
             return None
         if most == account.firm_limit:
@@ -476,6 +483,7 @@ class Ledger:
             account.admissions += 1
             self.moved += request.nbytes
         request.pooled = draw > 0
+        request.out_of_turn = not in_turn
         self.waiters.passed_bytes += max(draw, 0)
         self._closed = self._exclusive is not None or self.waiters.barred
 
@@ -531,7 +539,10 @@ class Ledger:
         """Make barriers of the fronts that too much was granted past."""
         waiters = self.waiters
         while (front := waiters.pop_overdue(self.bypass_limit)) is not None:
-            if self._over_firm(front):
+            queue = front.account.queue
+            assert queue is not None
+            # Past a grow that waits for the firm limit it would only take what that needs.
+            if any(self._over_firm(first) for first in (front, *islice(queue.grows, 1))):
                 waiters.stop_counting(front)
             else:
                 waiters.bar(front)
@@ -554,7 +565,12 @@ class Ledger:
         return settled
 
     def _next(self) -> tuple[Request, bool] | None:
-        """Give who may come in next, and whether by the rule; None if nobody may."""
+        """Give who may come in next, and whether by the rule; None if nobody may.
+
+        Memory may fall only by working on, so when no grant out of the pool is held, the
+        first in order that fits into what is free without drift comes in against the rule;
+        likewise the grow of the only such grant.
+        """
         waiters = self.waiters
         first = waiters.smallest()
         if first is not None and first.rank is not None and first.rank[0] == READY:
@@ -568,19 +584,22 @@ class Ledger:
             first = waiters.first_barrier()
         if first is None:
             return None
-        draw = self._need(first)
-        if self._needed_free(first, draw) <= self.free and not self._oversize(first):
+        if self._needed_free(first, self._need(first)) <= self.free and not self._oversize(first):
             return first, True
-        # Memory may fall only by working on, so somebody must, whatever the drift.
-        if draw <= self.free + self.drift and self._pool_is_idle(first):
-            return first, False
-        return None
+        if self._closed:
+            return (first, False) if self._fits_idle(first) else None
+        if self.committed == self._reserved:
+            first = min(filter(self._fits_idle, waiters.heads()), key=rank_of, default=None)
+        else:
+            first = next(filter(self._fits_idle, waiters.growing()), None)
+        return None if first is None else (first, False)
 
-    def _pool_is_idle(self, request: Request) -> bool:
-        """Whether no grant out of the pool is held but the one that the request grows."""
+    def _fits_idle(self, request: Request) -> bool:
+        """Whether a head fits without drift, and nobody holds any of the pool besides it."""
         account = request.account
-        beyond = max(0, account.granted - account.reserved)
-        if max(0, account.granted - request.held - account.reserved):
+        if self._need(request) > self.free + self.drift or self._over_firm(request):
+            return False
+        if account.granted - request.held > account.reserved:
             return False
         if self._tracked:
             return not any(
@@ -588,4 +607,4 @@ class Ledger:
                 for other in self.accounts.values()
                 if other is not account
             )
-        return self.committed - self._reserved == beyond
+        return self.committed - self._reserved == max(0, account.granted - account.reserved)

@@ -72,15 +72,16 @@ class LimiterSettings:
         Raises:
             InvalidLimit: a variable does not parse or is out of range; names it.
         """
+        parsers: dict[str, Callable[[str], Any]] = {
+            "debug": _parse_switch,
+            "bypass_limit_bytes": parse_size,
+        }
+        curve, others = _from(environ, PressurePolicy, {}), _from(environ, cls, parsers)
         try:
-            pressure = PressurePolicy(**_from(environ, PressurePolicy, {}))
-            parsers: dict[str, Callable[[str], Any]] = {
-                "debug": _parse_switch,
-                "bypass_limit_bytes": parse_size,
-            }
-            return cls(pressure=pressure, **_from(environ, cls, parsers))
+            return cls(pressure=PressurePolicy(**curve), **others)
         except InvalidLimit as error:
-            raise InvalidLimit(f"in the environment: {error}") from None
+            variables = ", ".join(f"MEMBOUND_{name.upper()}" for name in {**curve, **others})
+            raise InvalidLimit(f"{error} (set by {variables})") from None
 
 
 def _from(

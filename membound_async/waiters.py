@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .quota import Account
 
-__all__ = ["Kind", "Request", "State", "Waiters"]
+__all__ = ["Kind", "Request", "State", "Waiters", "rank_of"]
 
 READY = -1
 """The rank of a head that draws nothing from the pool: before every threshold."""
@@ -63,7 +63,6 @@ class Request:
         "alone",
         "arrival",
         "asked_at",
-        "barred_at",
         "barrier",
         "bypassed",
         "exclusive",
@@ -71,6 +70,7 @@ class Request:
         "kind",
         "mark",
         "nbytes",
+        "out_of_turn",
         "owner",
         "pooled",
         "rank",
@@ -101,6 +101,8 @@ class Request:
         self.state = State.NEW
         self.pooled = False
         """Whether any of it came out of the pool; known once it is admitted."""
+        self.out_of_turn = False
+        """Whether it was admitted against the rule, because nobody else held anything."""
         self.arrival = 0
         self.mark: int | None = None
         """Where the count of pool bytes stood when this came to the front, less what it had
@@ -110,9 +112,13 @@ class Request:
         self.barrier = False
         self.asked_at = 0.0
         """When it was made, by the clock of whoever made it."""
-        self.barred_at: float | None = None
-        """When the clock of whoever lifts barriers first saw this one."""
         self.rank: tuple[int, int, Request] | None = None
+
+
+def rank_of(head: Request) -> tuple[int, int]:
+    """Give what a ranked head is ordered by: its threshold, and when it came."""
+    assert head.rank is not None
+    return head.rank[:2]
 
 
 class Queue:
@@ -163,6 +169,7 @@ class Waiters:
         self._arrivals = 0
         self._queues = 0
         self._ranks: list[tuple[int, int, Request]] = []
+        self._growing: dict[Request, None] = {}
         self._ages: list[tuple[int, int, Request]] = []
         self._barriers: list[tuple[int, Request]] = []
         self._barrier_count = 0
@@ -184,6 +191,8 @@ class Waiters:
         line[request] = None
         if request.exclusive:
             line.move_to_end(request, last=False)
+        if request.kind is Kind.GROW:
+            self._growing[request] = None
         self.count += 1
         self.alone += request.alone
         return request.exclusive or len(line) == 1
@@ -194,6 +203,7 @@ class Waiters:
         queue = account.queue
         assert queue is not None
         del queue.line(request)[request]
+        self._growing.pop(request, None)
         if not queue.grows and not queue.requests:
             account.queue = None
             self._queues -= 1
@@ -222,6 +232,14 @@ class Waiters:
         while ranks and ranks[0][2].rank is not ranks[0]:
             heappop(ranks)
         return ranks[0][2] if ranks else None
+
+    def heads(self) -> Iterator[Request]:
+        """Give all ranked heads, in no order."""
+        return (entry[2] for entry in self._ranks if entry[2].rank is entry)
+
+    def growing(self) -> Iterator[Request]:
+        """Give the ranked heads that are grows, in the order in which they came first."""
+        return (front for front in self._growing if front.rank is not None)
 
     # --- ages: bytes granted past a front
 
@@ -270,7 +288,6 @@ class Waiters:
     def _unbar(self, request: Request) -> None:
         if request.barrier:
             request.barrier = False
-            request.barred_at = None
             self._barrier_count -= 1
 
     @property
@@ -284,7 +301,3 @@ class Waiters:
         while barriers and not barriers[0][1].barrier:
             heappop(barriers)
         return barriers[0][1] if barriers else None
-
-    def barriers(self) -> list[Request]:
-        """Give all barriers, in no order."""
-        return list({request: None for _, request in self._barriers if request.barrier})

@@ -85,7 +85,7 @@ async def test_inside_a_component_first_in_first_out_and_grows_first() -> None:
         held = await a.grant(600)
         tasks.start_soon(take, "large", 900)
         await anyio.sleep(0.1)
-        tasks.start_soon(take, "small", 10)
+        tasks.start_soon(take, "small", 200)
         await anyio.sleep(0.1)
 
         async def grow() -> None:
@@ -93,8 +93,6 @@ async def test_inside_a_component_first_in_first_out_and_grows_first() -> None:
             order.append("grow")
             held.release()
 
-        other = await limiter.component("b").grant(0)
-        other.release()
         blocker = a.grant(400)
         tasks.start_soon(take, "last", 1)
         await anyio.sleep(0.1)
@@ -207,9 +205,11 @@ async def test_a_waiter_that_was_passed_too_often_becomes_a_barrier() -> None:
     large, small = limiter.component("large"), limiter.component("small")
     served = anyio.Event()
     rounds = 0
+    passed: list[int] = []
 
     async def take_large() -> None:
         async with large.grant(450):  # T = 900
+            passed.append(rounds)
             served.set()
 
     async def take_small() -> None:
@@ -225,8 +225,8 @@ async def test_a_waiter_that_was_passed_too_often_becomes_a_barrier() -> None:
         tasks.start_soon(take_small)
         tasks.start_soon(take_large)
         await served.wait()
-    # 200 bytes at a time: past 1000 the two small ones had to stop.
-    assert 6 <= rounds <= 9
+    # One or two before it came, then 200 bytes at a time until that is more than 1000.
+    assert passed[0] - 6 in (1, 2)
 
 
 @pytest.mark.virtual_time
@@ -273,10 +273,7 @@ def pressed(measured: int, **options: Any) -> MemoryLimiter:
     ("measured", "delay"), [(950, 0), (960, 0.0058), (975, 0.013), (990, 0.0202), (1100, 0.025)]
 )
 async def test_a_new_grant_out_of_the_pool_is_delayed(measured: int, delay: float) -> None:
-    limiter = pressed(0)
-    held = await limiter.component("held", minimum=50 * MIB).grant(400 * MIB)
-    limiter._probe.set(measured * MIB)  # type: ignore[attr-defined]
-    limiter.statistics()
+    limiter = pressed(measured * MIB)
     a = limiter.component("a", minimum=5 * MIB)
     async with a:
         started = anyio.current_time()
@@ -285,7 +282,6 @@ async def test_a_new_grant_out_of_the_pool_is_delayed(measured: int, delay: floa
         async with a.grant(5 * MIB), a.grant(1 * MIB, timeout=None):
             assert anyio.current_time() - started == pytest.approx(delay)
         assert a.statistics().total_delay_seconds == pytest.approx(delay)
-    held.release()
     assert limiter.statistics().grants == 0
 
 
@@ -452,6 +448,7 @@ async def test_a_changed_container_limit_is_noticed(logs: list[Any]) -> None:
         limit: int = present[0]
         return limit
 
+    limiter.grant_nowait(1).release()
     limiter._reread_limit = reread
     present[0] = 500
     await anyio.sleep(2)
@@ -552,11 +549,13 @@ async def test_noop_limits_nothing() -> None:
         ({"share": -Fraction(1, 2)}, "share="),
         ({"share": True}, "share=True"),
         ({"baseline": -1}, "baseline=-1"),
-        ({"baseline": "1KiB"}, "in use before anything is granted"),
+        ({"baseline": 1000}, "in use before anything is granted"),
+        ({"probe": ScriptedProbe(0), "baseline": 10}, "reads 0 bytes"),
         ({"mode": "lax"}, "mode='lax'"),
         ({"observe": "maybe"}, "observe='maybe'"),
         ({"processes": 0}, "processes=0"),
         ({"probe": ScriptedProbe(0), "baseline": None}, "reads 0 bytes"),
+        ({"probe": ScriptedProbe(2000), "baseline": None}, "2 000 bytes"),
         ({"probe": ScriptedProbe(-5)}, "-5"),
         ({"probe": ScriptedProbe(2**60)}, str(2**60)),
         ({"probe": object()}, "cannot be read"),
@@ -830,8 +829,8 @@ def test_threads_without_any_loop() -> None:
     with limiter.grant(500, component=limiter.component("a")):
         with pytest.raises(GrantTimeout):
             limiter.grant(300, component=limiter.component("b"), timeout=0.01).__enter__()
-        probe.set(999)
-    assert limiter.statistics().drift_bytes == 499
+        probe.set(940)
+    assert limiter.statistics().drift_bytes == 440
     with limiter.grant(400):  # progress
         pass
 

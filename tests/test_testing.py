@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from membound_async import testing
-from membound_async.exceptions import GrantTooLarge, InvalidLimit
+from membound_async.exceptions import GrantTooLarge, InsufficientMinimumMemory, InvalidLimit
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
 HOUR = 3600.0
@@ -119,6 +119,9 @@ class TestLimiter:
         assert limiter.statistics().free_bytes == 10 * MIB
         with pytest.raises(GrantTooLarge):
             limiter.grant_nowait(5 * MIB + 1)
+        limiter.component("greedy", minimum=10 * MIB + 1)
+        with pytest.raises(InsufficientMinimumMemory):
+            limiter.verify()
 
     def test_a_limit_that_makes_no_sense_is_refused(self):
         with pytest.raises(InvalidLimit, match="0"):
@@ -130,13 +133,13 @@ class TestLimiter:
         grant = await limiter.grant("10MiB")
 
         async def release():
-            await anyio.sleep(HOUR)
+            await anyio.sleep(5.0)
             grant.release()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(release)
             async with limiter.grant("10MiB"):
-                assert anyio.current_time() == pytest.approx(HOUR)
+                assert anyio.current_time() == pytest.approx(5.0)
 
 
 class TestVirtualTime:
@@ -237,6 +240,23 @@ class TestVirtualTimeLoop:
 
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             assert HOUR < runner.run(main()) < HOUR + 60
+
+    def test_its_end_waits_for_threads(self):
+        # From Python 3.12 on with a timeout that must not fire at once.
+        ended = threading.Event()
+
+        def work():
+            time.sleep(0.05)
+            ended.set()
+
+        async def main():
+            asyncio.get_running_loop().run_in_executor(None, work).cancel()
+            await asyncio.sleep(HOUR)
+            assert not ended.is_set()
+
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            runner.run(main())
+        assert ended.is_set()
 
     def test_advance_makes_timers_fall_due(self):
         async def main():

@@ -196,8 +196,7 @@ def async_function(target: str) -> Callable[[], Coroutine[Any, Any, object]]:
         Exception: whatever the module raises.
     """
     function = find_object(target)
-    call = getattr(type(function), "__call__", None)  # of an object that can be called
-    if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)):
+    if not (inspect.iscoroutinefunction(function) or _has_async_call(function)):
         kind = "a function" if inspect.isfunction(function) else f"a {type(function).__name__}"
         raise CannotStart(f"{target} is {kind}, but must be an async function")
     try:
@@ -208,3 +207,7 @@ def async_function(target: str) -> Callable[[], Coroutine[Any, Any, object]]:
             "line is in sys.argv"
         ) from None
     return function  # type: ignore[no-any-return]
+
+
+def _has_async_call(found: Any) -> bool:
+    return callable(found) and inspect.iscoroutinefunction(found.__call__)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from textwrap import wrap
 
 from membound_async.sizes import human_size
 from membound_async.statistics import ComponentStatistics, LimiterStatistics
 
-__all__ = ["Ending", "Report", "peak_rss_bytes", "version"]
+from .layout import paragraph, table
+
+__all__ = ["Ending", "Report", "limit_source", "peak_rss_bytes", "version"]
 
 ROWS = 30
 """How many components the text shows, the largest; the JSON has them all."""
@@ -37,8 +38,12 @@ class Ending:
             if code is None:
                 return cls()
             return cls(code & 0xFF if isinstance(code, int) else 1)
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        return cls(code, type(error).__qualname__)
+        if isinstance(error, KeyboardInterrupt):
+            return _INTERRUPTED
+        return cls(1, type(error).__qualname__)
+
+
+_INTERRUPTED = Ending(130, "KeyboardInterrupt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +55,7 @@ class Report:
         ending: how it ended.
         seconds: how long it ran.
         statistics: its limiter's numbers at the end.
-        limit_option: what ``--limit`` said; None if it was not given.
+        has_limit_option: whether ``--limit`` was given.
         peak_rss_bytes: the most resident memory it ever had, as the kernel counts; None
             where it does not say.
         stalled_seconds: how long tasks of the machine, or of the container whose limit
@@ -62,7 +67,7 @@ class Report:
     ending: Ending
     seconds: float
     statistics: LimiterStatistics
-    limit_option: str | None
+    has_limit_option: bool
     peak_rss_bytes: int | None
     stalled_seconds: float | None
 
@@ -81,65 +86,56 @@ class Report:
             }
         )
 
-    def to_text(self, width: int = 80) -> str:
+    def to_text(self, columns: int = 80) -> str:
         """Give it as text for a terminal of that many columns."""
-        text = wrap(f"membound: {self.program} {self._ended()}", width, subsequent_indent="  ")
-        for label, value in self._facts():
-            text += wrap(value, width, initial_indent=f"{label:<10}", subsequent_indent=" " * 10)
-        return "\n".join([*text, *_table(self.statistics, width)])
+        text = paragraph(f"membound: {self.program} {self._ended()}", columns)
+        for label, fact in self._facts():
+            text += paragraph(fact, columns, label=f"{label:<10}", indent=10)
+        return "\n".join([*text, *_components(self.statistics, columns)])
 
     def _ended(self) -> str:
-        after = f"after {_duration(self.seconds)}"
-        if self.ending.exit_code == 130 and self.ending.exception is not None:
+        ending, after = self.ending, f"after {_duration(self.seconds)}"
+        if ending == _INTERRUPTED:
             return f"was interrupted {after}"
-        if self.ending.exception is not None:
-            return f"ended by {self.ending.exception} {after}, exit code {self.ending.exit_code}"
-        return f"ended {after}, exit code {self.ending.exit_code}"
+        by = "" if ending.exception is None else f" by {ending.exception}"
+        return f"ended{by} {after}, exit code {ending.exit_code}"
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         numbers = self.statistics
-        source = numbers.limit_source
-        if self.limit_option is not None:
-            source = source.replace("explicit", f"--limit {self.limit_option}", 1)
-        yield (
-            "limit",
-            f"{human_size(numbers.limit_bytes)} ({source}), of which a part of "
-            f"{numbers.slop_factor:g} is held back: {human_size(numbers.effective_limit_bytes)}",
+        limit, effective = (
+            human_size(numbers.limit_bytes),
+            human_size(numbers.effective_limit_bytes),
         )
-        yield (
-            "peak",
-            f"{human_size(numbers.peak_measured_bytes)} {numbers.measured_name}, in "
-            f"{_count(numbers.samples)} readings",
-        )
+        source = limit_source(numbers.limit_source, is_option=self.has_limit_option)
+        yield "limit", f"{limit} ({source}), {effective} effective (slop {numbers.slop_factor:g})"
+        peak, name = human_size(numbers.peak_measured_bytes), numbers.measured_name
+        yield "peak", f"{peak} {name}, the highest of {_count(numbers.samples)} readings"
         if self.peak_rss_bytes is not None:
             above = ", above the limit" if self.peak_rss_bytes > numbers.limit_bytes else ""
-            yield "", f"{human_size(self.peak_rss_bytes)} resident, as the kernel counts{above}"
-        yield "baseline", f"{human_size(numbers.baseline_bytes)}, before anything was granted"
-        yield from self._troubles()
-
-    def _troubles(self) -> Iterator[tuple[str, str]]:
-        numbers = self.statistics
+            yield "", f"{human_size(self.peak_rss_bytes)} resident by the kernel's count{above}"
+        yield "baseline", f"{human_size(numbers.baseline_bytes)} before anything was granted"
         if numbers.observe:
-            yield (
-                "observed",
-                f"nobody was held up; {_count(numbers.would_wait)} requests would have waited, "
-                f"{_duration(numbers.would_wait_seconds)} in all, and "
-                f"{_count(numbers.would_refuse)} would have been refused",
-            )
+            waits = _count(numbers.would_wait, "0")
+            seconds = _duration(numbers.would_wait_seconds, "0 s")
+            refusals = _count(numbers.would_refuse, "0")
+            would = f"{waits} requests would have waited, {seconds} in all"
+            yield "observed", f"nobody was held up; {would}, and {refusals} been refused"
         if numbers.probe_failures:
             yield "failed", f"{_count(numbers.probe_failures)} readings of memory"
         if numbers.grants:
-            granted = sum(component.granted_bytes for component in numbers.components)
-            yield (
-                "leaked",
-                f"{human_size(granted)} in {_count(numbers.grants)} grants were never given back",
-            )
+            granted = human_size(sum(component.granted_bytes for component in numbers.components))
+            yield "leaked", f"{granted} in {_count(numbers.grants)} grants never given back"
         if self.stalled_seconds:
+            stalled = _duration(self.stalled_seconds)
             yield (
                 "stalled",
-                f"{_duration(self.stalled_seconds)} for want of memory, as the kernel counts for "
-                "the machine or container",
+                f"{stalled} for want of memory, by the kernel's count (machine or container)",
             )
+
+
+def limit_source(source: str, is_option: bool) -> str:
+    """Say who set a limit; an explicit one comes from the command line here."""
+    return source.replace("explicit", "--limit", 1) if is_option else source
 
 
 # --- the components
@@ -172,40 +168,25 @@ _OBSERVED = (
 _NOTHING = "-"
 
 
-def _table(numbers: LimiterStatistics, width: int) -> list[str]:
+def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
     """Give the components that did or declared anything as lines, the largest first."""
-    columns = _BOUNDS_AND_GRANTS + (_OBSERVED if numbers.observe else _ACTED)
+    parts = _BOUNDS_AND_GRANTS + (_OBSERVED if numbers.observe else _ACTED)
     rows = [
-        (component, [column.cell(component) for column in columns])
+        (component, [part.cell(component) for part in parts])
         for component in sorted(numbers.components, key=lambda one: -one.peak_granted_bytes)
     ]
     rows = [(component, cells) for component, cells in rows if set(cells) != {_NOTHING}]
     if not rows:
         return ["No memory was asked for: the program was only measured."]
-    shown = [place for place in range(len(columns)) if any(c[place] != _NOTHING for _, c in rows)]
+    shown = [place for place in range(len(parts)) if any(c[place] != _NOTHING for _, c in rows)]
     lines = [
-        ("component", [columns[place].title for place in shown]),
+        ("component", [parts[place].title for place in shown]),
         *((component.path, [cells[place] for place in shown]) for component, cells in rows[:ROWS]),
     ]
-    text = list(_aligned(lines, width))
-    text.insert(1, "-" * max(map(len, text)))
+    text = list(table(lines, columns))
     if len(rows) > ROWS:
         text.append(f"... and {_count(len(rows) - ROWS)} more")
     return text
-
-
-def _aligned(lines: Sequence[tuple[str, Sequence[str]]], width: int) -> Iterator[str]:
-    """Give labels and right-aligned cells; a label that is too long has a line of its own."""
-    sizes = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
-    cells_width = sum(2 + size for size in sizes)
-    room = min(max(len(label) for label, _ in lines), max(width - cells_width, len("component")))
-    for label, cells in lines:
-        if len(label) > room:
-            yield label
-            label = ""
-        yield label.ljust(room) + "".join(
-            "  " + cell.rjust(size) for cell, size in zip(cells, sizes, strict=True)
-        )
 
 
 # --- numbers for people
@@ -215,13 +196,13 @@ def _size(nbytes: int) -> str:
     return human_size(nbytes) if nbytes else _NOTHING
 
 
-def _count(number: int) -> str:
-    return f"{number:,}".replace(",", " ") if number else _NOTHING
+def _count(number: int, nothing: str = _NOTHING) -> str:
+    return f"{number:,}".replace(",", " ") if number else nothing
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float, nothing: str = _NOTHING) -> str:
     if seconds < 0.0005:
-        return _NOTHING
+        return nothing
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:,.1f} s".replace(",", " ")

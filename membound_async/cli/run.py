@@ -18,6 +18,7 @@ from membound_async.limiter import MemoryLimiter
 from membound_async.statistics import LimiterStatistics
 
 from . import REPORTS, CannotStart
+from .layout import columns_of
 from .program import (
     async_function,
     from_program_on,
@@ -85,9 +86,7 @@ class _Writer:
         CannotStart: the file cannot be written.
     """
 
-    def __init__(
-        self, limiter: MemoryLimiter, program: str, arguments: argparse.Namespace
-    ) -> None:
+    def __init__(self, limiter: MemoryLimiter, program: str, arguments: argparse.Namespace) -> None:
         self.ending = Ending()
         self._limiter = limiter
         self._program = program
@@ -132,19 +131,13 @@ class _Writer:
             ending=self.ending,
             seconds=time.monotonic() - self._started,
             statistics=statistics,
-            limit_option=self._arguments.limit,
+            has_limit_option=self._arguments.limit is not None,
             peak_rss_bytes=peak_rss_bytes(),
             stalled_seconds=None if stalled is None else stalled - (self._stalled_before or 0.0),
         )
         if self._arguments.report == "json":
             return report.to_json() + "\n"
-        return report.to_text(self._columns()) + "\n"
-
-    def _columns(self) -> int:
-        try:
-            return max(40, os.get_terminal_size(self._stream.fileno()).columns)
-        except (OSError, ValueError, AttributeError):
-            return 80
+        return report.to_text(columns_of(self._stream)) + "\n"
 
 
 def _stalled_seconds(statistics: LimiterStatistics) -> float | None:
@@ -189,7 +182,11 @@ def _backend(arguments: argparse.Namespace) -> tuple[str, dict[str, bool]]:
 
 
 def _run_function(
-    target: str, arguments: list[str], backend: str, options: dict[str, bool], limiter: MemoryLimiter
+    target: str,
+    arguments: list[str],
+    backend: str,
+    options: dict[str, bool],
+    limiter: MemoryLimiter,
 ) -> None:
     import anyio
 
@@ -206,7 +203,8 @@ def _run_function(
 def _is_interrupt(error: BaseException) -> bool:
     """Tell whether Ctrl-C and nothing else has ended the program; task groups wrap it."""
     if isinstance(error, BaseExceptionGroup):
-        return error.split(KeyboardInterrupt)[1] is None
+        group: BaseExceptionGroup[BaseException] = error
+        return all(map(_is_interrupt, group.exceptions))
     return isinstance(error, KeyboardInterrupt)
 
 
@@ -220,9 +218,7 @@ def _show_from_program_on(error: BaseException) -> None:
     show = sys.excepthook
     traceback = from_program_on(error)
 
-    def hook(
-        kind: type[BaseException], raised: BaseException, whole: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], raised: BaseException, whole: TracebackType | None) -> None:
         if raised is not error:
             show(kind, raised, whole)
         elif show is not sys.__excepthook__ or not isinstance(error, KeyboardInterrupt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import shutil
+import sys
 from typing import Any
 
 from membound_async.bounds import ComponentBounds, MemoryBounds
@@ -16,15 +16,15 @@ from membound_async.limits import MemoryLimit, resolve
 from membound_async.probes import ProcessProbe
 from membound_async.registry import ComponentRegistry
 from membound_async.settings import LimiterSettings
-from membound_async.sizes import human_size, parse_size
+from membound_async.sizes import format_size, human_size, parse_size
 from membound_async.verifier import BoundsVerifier, render
 
 from . import CannotStart
-from .program import find_object, is_target, put_first_on_path
+from .layout import columns_of, paragraph
+from .program import find_object, from_program_on, is_target, put_first_on_path
+from .report import limit_source
 
 __all__ = ["verify"]
-
-Declared = ComponentRegistry | ComponentBounds
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def verify(arguments: argparse.Namespace) -> int:
         arguments: of ``membound verify``.
 
     Returns:
-        0 if they fit, 1 if they do not, 2 if MODULE has raised something else.
+        0 if they fit, 1 if they do not, 2 if the program has raised something else.
 
     Raises:
         CannotStart: an argument makes no sense, or the object is not found.
@@ -46,45 +46,125 @@ def verify(arguments: argparse.Namespace) -> int:
     try:
         declared, limiter = _declared(find_object(target), target)
     except BoundsError as error:
-        print(f"does not fit any limit: {error}")
+        _say(f"INVALID: {error}", columns_of(sys.stdout))
         return 1
-    except MemboundError as error:
+    except (CannotStart, MemboundError) as error:
         raise CannotStart(str(error)) from None
-    except CannotStart:
-        raise
-    except Exception as error:
+    except SystemExit as error:
+        raise CannotStart(f"importing it ended by SystemExit({error.code!r})") from None
+    except Exception as error:  # noqa: BLE001  any program's
         sys.excepthook(type(error), error, from_program_on(error))
         return 2
     try:
-        limit = _limit(arguments, limiter)
-        baseline_bytes = _baseline_bytes(arguments, limiter)
-        overcommit = _overcommit(arguments, limiter)
-        verifier = BoundsVerifier(
-            declared,
-            limit.effective_bytes,
-            baseline_bytes,
-            overcommit,
-            slop_factor=limit.slop_factor,
-        )
-    except (MemboundError, ValueError) as error:
+        return _print_verdict(declared, limiter, arguments)
+    except (InvalidLimit, ValueError) as error:
         raise CannotStart(str(error)) from None
-    width = shutil.get_terminal_size().columns
+
+
+def _print_verdict(
+    declared: ComponentRegistry | ComponentBounds,
+    limiter: MemoryLimiter | None,
+    arguments: argparse.Namespace,
+) -> int:
+    limit = _limit(limiter, arguments)
+    baseline_bytes, measured = _baseline(limiter, arguments)
+    settings = LimiterSettings.from_environment() if limiter is None else limiter.settings
+    overcommit = settings.overcommit if arguments.overcommit is None else arguments.overcommit
+    verifier = BoundsVerifier(
+        declared, limit.effective_bytes, baseline_bytes, overcommit, slop_factor=limit.slop_factor
+    )
+    columns = columns_of(sys.stdout)
     print(
         render(
             declared.tree(),
             effective_bytes=limit.effective_bytes,
             baseline_bytes=baseline_bytes,
             overcommit=overcommit,
-            width=width,
+            width=columns,
         )
     )
-    source = f"--limit {arguments.limit}" if arguments.limit else limit.source
+    if measured:
+        _say(f"baseline: {measured}; --baseline says another", columns)
+    source = limit_source(limit.source, is_option=arguments.limit is not None)
+    limit_in_words = f"{human_size(limit.limit_bytes)} ({source})"
     try:
         verifier.check()
     except (BoundsError, InvalidLimit) as error:
-        report = getattr(error, "report", "")
-        verdict, exit_code = f"DOES NOT FIT: {str(error).removesuffix(report).rstrip()}", 1
-    else:
-        smallest = format_size(verifier.smallest_limit_bytes)
-        verdict, exit_code = f"FITS; the smallest limit that would do is {smallest}", 0
-    ...
+        reason = str(error).removesuffix(getattr(error, "report", "")).rstrip()
+        _say(f"DOES NOT FIT {limit_in_words}: {reason}", columns)
+        return 1
+    smallest = format_size(verifier.smallest_limit_bytes)
+    _say(f"FITS {limit_in_words}; the smallest limit that does is {smallest}", columns)
+    return 0
+
+
+def _declared(
+    found: Any, target: str, *, was_called: bool = False
+) -> tuple[ComponentRegistry | ComponentBounds, MemoryLimiter | None]:
+    """Give what the object declares, and the limiter that it belongs to, if it does."""
+    if isinstance(found, MemoryLimiter):
+        return found.registry, found
+    if isinstance(found, (ComponentRegistry, ComponentBounds)):
+        return found, None
+    if isinstance(found, Component) and found._limiter is not None:
+        limiter: MemoryLimiter = found._limiter
+        return limiter.registry.bounds(found.path), limiter
+    if isinstance(found, MemoryBounds) and not isinstance(found, type):
+        registry = ComponentRegistry()
+        name = target.rpartition(":")[2].rpartition(".")[2]
+        registry.register(found.path if isinstance(found, Component) else name, found)
+        return registry, None
+    if callable(found) and not was_called:
+        return _declared(_called(found, target), target, was_called=True)
+    gives = "gives" if was_called else "is"
+    raise CannotStart(
+        f"{target} {gives} {found!r}, which declares no bounds; name a MemoryLimiter, a "
+        "ComponentRegistry, a Component, something with specify_bounds(), or a function that "
+        "gives one"
+    )
+
+
+def _called(function: Any, target: str) -> Any:
+    if inspect.iscoroutinefunction(function):
+        raise CannotStart(f"{target} is async; name a function that is not, or an object")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise CannotStart(f"{target} cannot be called without arguments: {error}") from None
+    return function()
+
+
+def _limit(limiter: MemoryLimiter | None, arguments: argparse.Namespace) -> MemoryLimit:
+    own = None if limiter is None or limiter.is_noop else limiter.limit
+    slop_factor = arguments.slop
+    if slop_factor is None:
+        slop_factor = _default_slop_factor() if own is None else own.slop_factor
+    if own is not None and arguments.limit is None:
+        return MemoryLimit(own.limit_bytes, slop_factor, own.source)
+    found = resolve(arguments.limit)
+    return MemoryLimit(found.limit_bytes, slop_factor, found.source)
+
+
+def _default_slop_factor() -> float:
+    text = os.environ.get("MEMBOUND_SLOP_FACTOR", "").strip()
+    try:
+        return float(text) if text else MemoryLimit.slop_factor
+    except ValueError:
+        raise InvalidLimit(f"MEMBOUND_SLOP_FACTOR={text!r} is no number; write 0.15") from None
+
+
+def _baseline(
+    limiter: MemoryLimiter | None, arguments: argparse.Namespace
+) -> tuple[int, str | None]:
+    """Give what the process has before any component starts, and how that is known."""
+    if arguments.baseline is not None:
+        return parse_size(arguments.baseline, "baseline"), None
+    if limiter is not None and not limiter.is_noop:
+        return limiter.statistics().baseline_bytes, "what the limiter says"
+    probe = ProcessProbe()
+    return probe.read(), f"the {probe.name} with the module imported"
+
+
+def _say(text: str, columns: int) -> None:
+    first, *more = text.split("\n")  # a report below the first line keeps its form
+    print("\n".join([*paragraph(first, columns), *more]))

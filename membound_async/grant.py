@@ -56,12 +56,12 @@ class MemoryGrant:
         nbytes: int | str,
         options: tuple[int | None, float | None, bool] | None = None,
     ) -> None:
+        self._state = NEW  # first, for the finaliser
         self._component = component
         if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
             nbytes = parse_size(nbytes, "nbytes")
         self._wanted = nbytes
         self._options = options
-        self._state = NEW
         self._size = 0
 
     @property

@@ -94,7 +94,7 @@ async def test_inside_a_component_first_in_first_out_and_grows_first() -> None:
             held.release()
 
         blocker = a.grant(400)
-        tasks.start_soon(take, "last", 1)
+        tasks.start_soon(take, "last", 900)
         await anyio.sleep(0.1)
         held.shrink(100)
         tasks.start_soon(grow)
@@ -549,7 +549,7 @@ async def test_noop_limits_nothing() -> None:
         ({"share": -Fraction(1, 2)}, "share="),
         ({"share": True}, "share=True"),
         ({"baseline": -1}, "baseline=-1"),
-        ({"baseline": 1000}, "in use before anything is granted"),
+        ({"probe": ScriptedProbe(5), "baseline": 1000}, "in use before anything is granted"),
         ({"probe": ScriptedProbe(0), "baseline": 10}, "reads 0 bytes"),
         ({"mode": "lax"}, "mode='lax'"),
         ({"observe": "maybe"}, "observe='maybe'"),

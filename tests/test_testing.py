@@ -104,7 +104,7 @@ class TestLimiter:
         with limiter.grant_nowait(650):
             assert limiter.statistics().free_bytes == 0
 
-    def test_the_environment_changes_nothing(self, monkeypatch):
+    async def test_the_environment_changes_nothing(self, monkeypatch):
         for name, value in {
             "MEMBOUND_LIMIT": "1MiB",
             "MEMBOUND_MAX_DELAY_SECONDS": "1",
@@ -119,9 +119,9 @@ class TestLimiter:
         assert limiter.statistics().free_bytes == 10 * MIB
         with pytest.raises(GrantTooLarge):
             limiter.grant_nowait(5 * MIB + 1)
-        limiter.component("greedy", minimum=10 * MIB + 1)
+        greedy = limiter.component("greedy", minimum=10 * MIB + 1)
         with pytest.raises(InsufficientMinimumMemory):
-            limiter.verify()
+            await greedy.__aenter__()
 
     def test_a_limit_that_makes_no_sense_is_refused(self):
         with pytest.raises(InvalidLimit, match="0"):

@@ -44,7 +44,7 @@ Options come before the program; all that follows it belongs to the program.
 RUN_NOTES = """\
 examples:
   membound run --limit 512MiB pipeline.py --verbose input.json
-  membound run --limit 2GiB --report json --report-file memory.json -m shop.worker
+  membound run --report json --report-file memory.json -m shop.worker --fast
   membound run --limit 256MiB --uvloop shop.worker:main
   MEMBOUND_LIMIT=512MiB membound run pipeline.py
 
@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         BaseException: what the program has raised. For ``sys.excepthook`` it begins in
             the program.
     """
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unknown: {' '.join(unknown)}")
     try:
         if arguments.command == "run":
             from .run import run
@@ -154,6 +156,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("-m", dest="is_module", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_limit(parser)
@@ -200,6 +203,7 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("object", metavar="MODULE:OBJECT", help="what knows the bounds")
     _add_limit(parser)
     parser.add_argument(

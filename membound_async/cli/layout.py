@@ -43,8 +43,8 @@ def table(lines: Sequence[tuple[str, Sequence[str]]], columns: int) -> Iterator[
     """
     sizes = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
     cells_width = sum(2 + size for size in sizes)
-    room = max(columns - cells_width, len(lines[0][0]))
-    room = min(room, max(len(label) for label, _ in lines))
+    most = max(columns - cells_width, len(lines[0][0]))
+    room = max(len(label) for label, _ in lines if len(label) <= most)
     for place, (label, cells) in enumerate(lines):
         if len(label) > room:
             yield label

@@ -11,7 +11,6 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from difflib import get_close_matches
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -72,7 +71,7 @@ def script(path: str, arguments: Sequence[str]) -> Callable[[], None]:
     try:
         source = loader.get_data(location)
     except OSError as error:
-        raise CannotStart(f"can't open file {path!r}: {error}") from None
+        raise CannotStart(f"can't open file {path!r}: {error.strerror}") from None
 
     def run() -> None:
         sys.argv = [path, *arguments]
@@ -181,6 +180,8 @@ def find_object(target: str) -> Any:
         try:
             found = getattr(found, attribute)
         except AttributeError:
+            from difflib import get_close_matches
+
             close = get_close_matches(attribute, dir(found), 1)
             hint = f"; is it {close[0]!r}?" if close else ""
             raise CannotStart(f"{name!r} has no {path!r}{hint}") from None

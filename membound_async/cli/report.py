@@ -102,10 +102,8 @@ class Report:
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         numbers = self.statistics
-        limit, effective = (
-            human_size(numbers.limit_bytes),
-            human_size(numbers.effective_limit_bytes),
-        )
+        limit = human_size(numbers.limit_bytes)
+        effective = human_size(numbers.effective_limit_bytes)
         source = limit_source(numbers.limit_source, is_option=self.has_limit_option)
         yield "limit", f"{limit} ({source}), {effective} effective (slop {numbers.slop_factor:g})"
         peak, name = human_size(numbers.peak_measured_bytes), numbers.measured_name
@@ -127,10 +125,7 @@ class Report:
             yield "leaked", f"{granted} in {_count(numbers.grants)} grants never given back"
         if self.stalled_seconds:
             stalled = _duration(self.stalled_seconds)
-            yield (
-                "stalled",
-                f"{stalled} for want of memory, by the kernel's count (machine or container)",
-            )
+            yield "stalled", f"{stalled} for want of memory, by the kernel's count of all processes"
 
 
 def limit_source(source: str, is_option: bool) -> str:

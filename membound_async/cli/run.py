@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
+from typing import cast
 
 from membound_async.exceptions import MemboundError
 from membound_async.limiter import MemoryLimiter
@@ -203,7 +204,7 @@ def _run_function(
 def _is_interrupt(error: BaseException) -> bool:
     """Tell whether Ctrl-C and nothing else has ended the program; task groups wrap it."""
     if isinstance(error, BaseExceptionGroup):
-        group: BaseExceptionGroup[BaseException] = error
+        group = cast("BaseExceptionGroup[BaseException]", error)
         return all(map(_is_interrupt, group.exceptions))
     return isinstance(error, KeyboardInterrupt)
 

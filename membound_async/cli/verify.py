@@ -84,7 +84,7 @@ def _print_verdict(
         )
     )
     if measured:
-        _say(f"baseline: {measured}; --baseline says another", columns)
+        _say(f"baseline: {measured}; see --baseline", columns)
     source = limit_source(limit.source, is_option=arguments.limit is not None)
     limit_in_words = f"{human_size(limit.limit_bytes)} ({source})"
     try:
@@ -94,7 +94,7 @@ def _print_verdict(
         _say(f"DOES NOT FIT {limit_in_words}: {reason}", columns)
         return 1
     smallest = format_size(verifier.smallest_limit_bytes)
-    _say(f"FITS {limit_in_words}; the smallest limit that does is {smallest}", columns)
+    _say(f"FITS {limit_in_words}; the smallest limit that would do is {smallest}", columns)
     return 0
 
 
@@ -118,9 +118,9 @@ def _declared(
         return _declared(_called(found, target), target, was_called=True)
     gives = "gives" if was_called else "is"
     raise CannotStart(
-        f"{target} {gives} {found!r}, which declares no bounds; name a MemoryLimiter, a "
-        "ComponentRegistry, a Component, something with specify_bounds(), or a function that "
-        "gives one"
+        f"{target} {gives} a {type(found).__name__}, which declares no bounds; name a "
+        "MemoryLimiter, a ComponentRegistry, a Component, something with specify_bounds(), or a "
+        "function that gives one"
     )
 
 
@@ -160,9 +160,9 @@ def _baseline(
     if arguments.baseline is not None:
         return parse_size(arguments.baseline, "baseline"), None
     if limiter is not None and not limiter.is_noop:
-        return limiter.statistics().baseline_bytes, "what the limiter says"
+        return limiter.statistics().baseline_bytes, "the limiter's own"
     probe = ProcessProbe()
-    return probe.read(), f"the {probe.name} with the module imported"
+    return probe.read(), f"{probe.name} with the module imported"
 
 
 def _say(text: str, columns: int) -> None:

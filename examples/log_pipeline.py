@@ -34,7 +34,7 @@ import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, BinaryIO, Protocol, Self, cast
@@ -59,15 +59,17 @@ Table = dict[str, Record]
 # --- reading: bytes from anywhere, cut where a record ends
 
 
-def open_records(path: str) -> BinaryIO:
+@contextmanager
+def open_records(path: str) -> Iterator[BinaryIO]:
     """Open a file, or standard input for ``-``, and look through gzip and zstd."""
-    file = cast("io.BufferedReader", sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
-    magic = file.peek(4)
-    if magic.startswith(b"\x1f\x8b"):
-        return cast("BinaryIO", gzip.GzipFile(fileobj=file))
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return _open_zstd(file)
-    return file
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        magic = cast("io.BufferedReader", file).peek(4)
+        if magic.startswith(b"\x1f\x8b"):
+            yield cast("BinaryIO", gzip.GzipFile(fileobj=file))
+        elif magic.startswith(b"\x28\xb5\x2f\xfd"):
+            yield _open_zstd(file)
+        else:
+            yield file
 
 
 def _open_zstd(file: BinaryIO) -> BinaryIO:
@@ -520,12 +522,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what the command line asks for."""
-    blocks = Blocks(open_records(arguments.file))
-    decoder = choose_decoder(arguments.format, blocks.first_line())
-    blocks.quoted = isinstance(decoder, CsvDecoder)
-    enricher = Enricher(arguments.join)
     report = Report(as_json=arguments.report == "json")
-    with open(arguments.output, "wb") if arguments.output else nullcontext() as output:
+    with (
+        open_records(arguments.file) as file,
+        open(arguments.output, "wb") if arguments.output else nullcontext() as output,
+    ):
+        blocks = Blocks(file)
+        decoder = choose_decoder(arguments.format, blocks.first_line())
+        blocks.quoted = isinstance(decoder, CsvDecoder)
+        enricher = Enricher(arguments.join)
         sink = SlowSink(arguments.rate, arguments.stall, output)
         if arguments.one_by_one:
             run_one_by_one(blocks, decoder, enricher, sink)

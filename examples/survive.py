@@ -43,7 +43,7 @@ FLIGHTS = (
 BARE = (sys.executable,)
 BOUNDED = (sys.executable, "-m", "membound_async.cli", "run")
 
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.02
 
 
 # --- the limits
@@ -181,7 +181,7 @@ def is_usable(directory: Path) -> bool:
     enter = ["/bin/sh", "-c", 'echo 0 > "$0"', str(directory / "cgroup.procs")]
     return (
         any(os.access(limit, os.W_OK) for limit in limits)
-        and subprocess.run(enter, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        and subprocess.run(enter, stderr=subprocess.DEVNULL, check=False).returncode == 0  # noqa: S603
     )
 
 
@@ -222,14 +222,15 @@ def watch(argv: Sequence[str], limit: Limit, title: str, timeout_seconds: float)
     run = Run()
     begun = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(limit.command(argv), stdout=output, stderr=errors)
+        child = subprocess.Popen(limit.command(argv), stdout=output, stderr=errors)  # noqa: S603
         while child.poll() is None:
             run.seconds = time.monotonic() - begun
             if run.seconds > timeout_seconds:
                 child.kill()
             used = limit.used_bytes(child.pid)
             run.samples.append((run.seconds, used))
-            show_live(f"{title:10}{run.seconds:6.1f} s{human_size(used):>12}")
+            if len(run.samples) % 5 == 0:
+                show_live(f"{title:10}{run.seconds:6.1f} s{human_size(used):>12}")
             time.sleep(SAMPLE_SECONDS)
         show_live("")
         run.seconds = time.monotonic() - begun
@@ -253,16 +254,20 @@ def show_live(line: str) -> None:
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
+COLOURS = {"red": 31, "green": 32, "grey": 90, "bold": 1}
+
+
 def paint(text: str, colour: str) -> str:
     """Colour text for a terminal that wants it."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
-    return f"\x1b[{dict(red=31, green=32, grey=90, bold=1)[colour]}m{text}\x1b[0m"
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
 
 
-def chart(run: Run, top_bytes: int, seconds: float, colour: str, width: int = 60) -> Iterator[str]:
+def chart(run: Run, top_bytes: int, seconds: float, colour: str, width: int = 56) -> Iterator[str]:
     """Draw memory over time: so many columns for so many seconds, the limit at the top."""
     rows, marks = 5, " ▁▂▃▄▅▆▇█"
+    end = " finished" if run.finished else " died" if run.died_of_the_limit else " failed"
     levels = [0] * width
     for at, used in run.samples:
         column = min(int(at / seconds * width), width - 1)
@@ -272,7 +277,7 @@ def chart(run: Run, top_bytes: int, seconds: float, colour: str, width: int = 60
         levels[column] = levels[column] or levels[column - 1]
     for row in reversed(range(rows)):
         line = "".join(marks[max(0, min(level - row * 8, 8))] for level in levels[: last + 1])
-        yield paint(line, colour)
+        yield paint(line + end * (row == rows - 1), colour)
 
 
 def compare(bare: Run, bounded: Run, expected: dict[str, Any], limit_bytes: int) -> list[str]:
@@ -346,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{PIPELINE.name} with {human_size(arguments.limit)} of memory:\n")
     bare = run("bare", BARE)
     one_by_one = [*BARE, *pipeline, "--one-by-one"]
-    with subprocess.Popen(one_by_one, stdout=subprocess.PIPE) as reference:
+    with subprocess.Popen(one_by_one, stdout=subprocess.PIPE) as reference:  # noqa: S603
         bounded = run("bounded", BOUNDED)
         output, _ = reference.communicate()
     if reference.returncode != 0:

@@ -30,4 +30,46 @@ from .probes import MemoryProbe, PressureStall
 from .registry import ComponentRegistry
 from .settings import LimiterSettings
 from .statistics import ComponentStatistics, LimiterStatistics
+from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
+
+__all__ = [
+    "BoundsError",
+    "BoundsVerifier",
+    "Component",
+    "ComponentBounds",
+    "ComponentRegistry",
+    "ComponentStatistics",
+    "FirmLimitExceedsAvailable",
+    "GrantError",
+    "GrantReleased",
+    "GrantTimeout",
+    "GrantTooLarge",
+    "InsufficientMinimumMemory",
+    "InvalidComponentBounds",
+    "InvalidLimit",
+    "LimitError",
+    "LimitNotDetected",
+    "LimiterSettings",
+    "LimiterStatistics",
+    "MemboundError",
+    "MemoryBounds",
+    "MemoryBoundsBuilder",
+    "MemoryGrant",
+    "MemoryLimit",
+    "MemoryLimiter",
+    "MemoryProbe",
+    "NoCurrentLimiter",
+    "PressurePolicy",
+    "PressureStall",
+    "QuotaExceeded",
+    "UnknownComponent",
+    "UsageExpr",
+    "VerifiedBounds",
+    "bounded",
+    "create_memory_stream",
+    "current_component",
+    "current_limiter",
+    "grant",
+    "grant_nowait",
+]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 import anyio.lowlevel
@@ -32,14 +31,25 @@ from .exceptions import (
     NoCurrentLimiter,
     UnknownComponent,
 )
+from .gauge import Gauge
 from .grant import MemoryGrant, make_grant
 from .limits import MemoryLimit, resolve
-from .probes import MemoryProbe, check_reading, read_pressure
+from .probes import MemoryProbe, read_pressure
 from .quota import NO_LIMIT, Account, Ledger
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
-from .settings import LimiterSettings
-from .sizes import MAX_BYTES, format_size, parse_size
+from .settings import (
+    LimiterSettings,
+    Mode,
+    given,
+    limit_size,
+    parse_mode,
+    parse_share,
+    parse_slop_factor,
+    parse_switch,
+)
+from .stalls import StallWatch, describe_stall
+from .sizes import MAX_BYTES, format_size
 from .statistics import ComponentStatistics, LimiterStatistics
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import Kind, Request, State
@@ -47,17 +57,10 @@ from .waiters import Kind, Request, State
 if TYPE_CHECKING:
     from weakref import ref
 
-    from .waiters import Queue
-
 __all__ = ["MemoryLimiter", "current_limiter"]
-
-Mode = Literal["strict", "permissive", "disabled"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
-
-REPORTED = 10
-"""How many holders and waiters a stall report names."""
 
 
 class _NoMemory:
@@ -115,18 +118,17 @@ class MemoryLimiter:
         settings: LimiterSettings | None = None,
     ) -> None:
         self.settings = LimiterSettings.from_environment() if settings is None else settings
-        self._mode = _parse_mode(_given(mode, "MODE", "strict"))
-        self._observe = _parse_switch(_given(observe, "OBSERVE", False), "observe")
-        self._fixed_baseline = None if baseline is None else _size(baseline, "baseline")
-        fraction = _parse_share(_given(share, "SHARE", Fraction(1, 2)))
-        slop = _parse_slop(_given(slop_factor, "SLOP_FACTOR", 0.15))
+        self._mode = parse_mode(given(mode, "MODE", "strict"))
+        self._observe = parse_switch(given(observe, "OBSERVE", False), "observe")
+        self._fixed_baseline = None if baseline is None else limit_size(baseline, "baseline")
+        fraction = parse_share(given(share, "SHARE", Fraction(1, 2)))
+        slop = parse_slop_factor(given(slop_factor, "SLOP_FACTOR", 0.15))
         found = resolve(limit, processes=processes, probe=probe)
         self._limit = MemoryLimit(found.limit_bytes, slop, found.source)
         self._reread_limit = found.reread
         self._limit_exceeds = found.exceeds
         self._pressure_path = found.pressure_path
-        self._probe: MemoryProbe = found.probe
-        self._setup(fraction)
+        self._setup(found.probe, fraction)
         if found.exceeds is not None:
             log().warning(
                 "membound.limit_above_available",
@@ -136,7 +138,12 @@ class MemoryLimiter:
                 remedy="leave limit= out to have the lower one kept",
             )
 
-    def _setup(self, share: Fraction) -> None:
+    def _setup(self, probe: MemoryProbe, share: Fraction) -> None:
+        self._gauge = Gauge(
+            probe,
+            may_be_zero=self._fixed_baseline == 0,
+            stale_after_seconds=self.settings.stale_after_seconds,
+        )
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
         self._grants: set[ref[MemoryGrant]] = set()
@@ -152,19 +159,14 @@ class MemoryLimiter:
         self._rehearsal = Rehearsal()
         self._wait_seconds: dict[Account, float] = {}
         self._delay_seconds: dict[Account, float] = {}
-        self._samples = self._failures = 0
-        self._failing_since: float | None = None
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
-        self._stalled = False
-        self._progress_moved = 0
-        self._progress_at = self._now()
+        self._stalls = StallWatch(self.settings.stall_after_seconds)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
         self._calm_until = -math.inf
         """Until when the fast path may be used: no reading and no yield is due, no delay."""
         self._delay = 0.0
-        measured = self._first_reading()
-        self._peak_measured = measured
+        measured = self._gauge.first()
         self._ledger = Ledger(
             self._limit.effective_bytes,
             baseline=self._checked_baseline(measured),
@@ -189,8 +191,7 @@ class MemoryLimiter:
         limiter._fixed_baseline = 0
         limiter._limit = MemoryLimit(MAX_BYTES, 0, "none")
         limiter._reread_limit = limiter._limit_exceeds = limiter._pressure_path = None
-        limiter._probe = _NoMemory()
-        limiter._setup(Fraction(1))
+        limiter._setup(_NoMemory(), Fraction(1))
         return limiter
 
     def __repr__(self) -> str:
@@ -209,7 +210,7 @@ class MemoryLimiter:
     @property
     def is_noop(self) -> bool:
         """Whether it limits nothing; see ``noop()``."""
-        return isinstance(self._probe, _NoMemory)
+        return isinstance(self._gauge.probe, _NoMemory)
 
     def statistics(self) -> LimiterStatistics:
         """Take a reading of memory, and give everything there is to know as a snapshot.
@@ -231,15 +232,15 @@ class MemoryLimiter:
                 effective_limit_bytes=limit,
                 baseline_bytes=ledger.baseline,
                 measured_bytes=ledger.measured,
-                peak_measured_bytes=self._peak_measured,
-                measured_name=self._probe.name,
+                peak_measured_bytes=self._gauge.peak,
+                measured_name=self._gauge.name,
                 drift_bytes=ledger.drift,
                 free_bytes=ledger.free,
                 committed_bytes=ledger.committed,
                 level=policy.level(ledger.measured, limit),
                 delay_seconds=self._delay,
-                samples=self._samples,
-                probe_failures=self._failures,
+                samples=self._gauge.readings,
+                probe_failures=self._gauge.failures,
                 grants=sum(held.values()),
                 waiting=ledger.waiters.count,
                 observe=self._observe,
@@ -370,14 +371,14 @@ class MemoryLimiter:
         Raises:
             InvalidLimit: it makes no sense, or the baseline leaves nothing of it.
         """
-        self._resize(_size(limit, "limit"), "resize()")
+        self._resize(limit_size(limit, "limit"), "resize()")
         self._reread_limit = None
 
     def _resize(self, limit_bytes: int, source: str) -> None:
         changed = MemoryLimit(limit_bytes, self._limit.slop_factor, source)
         baseline = self._ledger.baseline
         if changed.effective_bytes <= baseline:
-            raise _below_baseline(changed, baseline, self._probe.name)
+            raise _below_baseline(changed, baseline, self._gauge.name)
         log().info(
             "membound.limit_changed",
             limit_bytes=limit_bytes,
@@ -452,7 +453,7 @@ class MemoryLimiter:
     def _start(self) -> None:
         """Measure the baseline again if nothing was granted yet, and verify."""
         if not self._used and self._fixed_baseline is None:
-            measured = self._first_reading()
+            measured = self._gauge.first()
             baseline = self._checked_baseline(measured)
             with self._lock:
                 self._ledger.rebase(baseline)
@@ -548,7 +549,7 @@ class MemoryLimiter:
         with self._lock:
             settled = self._ledger.leave(account)
             out = account.granted if not account.entries else 0
-            grants = self._count_grants().get(account, 0) if out else 0
+            grants = self._count_grants()[account] if out else 0
         self._wake(settled)
         if out and component is not self.root:
             log().warning(
@@ -568,10 +569,10 @@ class MemoryLimiter:
         loop = self._bind()
         now = self._now()
         if now >= self._yield_at:
+            self._has_yielded(now)  # already now, or all who come meanwhile would yield too
             await anyio.lowlevel.checkpoint()
             now = self._now()
-            self._yield_at = now + self.settings.yield_after_seconds
-            self._calm()
+            self._has_yielded(now)
         self._sample_if_due(request.nbytes, now)
         with self._lock:
             settled = self._ask(request, now)
@@ -588,6 +589,7 @@ class MemoryLimiter:
                     with anyio.move_on_after(timeout):
                         await request.owner
                 self._waited(request, now)
+                self._has_yielded(self._now())
             if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
                 delay = self._delay
                 self._add(self._delay_seconds, request.account, delay)
@@ -623,13 +625,13 @@ class MemoryLimiter:
         with self._lock:
             settled = self._ask(request, self._now())
             if request.state is State.WAITING:
-                request.owner = place = ThreadPlace()
+                request.owner = ThreadPlace()
                 request.asked_at = self._now()
         self._wake(settled)
         try:
             if request.owner is not None:
                 deadline = math.inf if timeout is None else started + timeout
-                while not place.wait(min(self._interval(), max(0.0, deadline - clock()))):
+                while not request.owner.wait(min(self._interval(), max(0.0, deadline - clock()))):
                     if request.state is State.WAITING and clock() >= deadline:
                         break
                     self._look()
@@ -648,8 +650,6 @@ class MemoryLimiter:
         if self._observe:
             self._rehearse(request, now)
             return []
-        if not self._ledger.waiters.count:
-            self._progress_at, self._progress_moved = now, self._ledger.moved
         return self._ledger.request(request)
 
     def _rehearse(self, request: Request, now: float) -> None:
@@ -763,7 +763,7 @@ class MemoryLimiter:
             self._now = running.now
             self._timer = None
             self._yield_at = self._sample_at = self._limit_look_at = -math.inf
-            self._failing_since = None
+            self._gauge.forget_time()
             self._calm_until = -math.inf
             self._loop_token = running.token
         return running
@@ -786,9 +786,10 @@ class MemoryLimiter:
         self._sample(now)
         if self._ledger.waiters.count:
             self._lift_barrier(now)
-            self._watch_for_stall(now)
-        elif self._stalled:
-            self._watch_for_stall(now)
+        if self._stalls.look(now, self._ledger.moved, self._ledger.waiters.count):
+            with self._lock:
+                report = describe_stall(self._ledger, self._held_grants(), now)
+            log().warning("membound.stalled", **report)
 
     # --- the world
 
@@ -805,7 +806,7 @@ class MemoryLimiter:
         if self._reread_limit is not None and now >= self._limit_look_at:
             self._limit_look_at = now + LIMIT_LOOK_SECONDS
             self._look_at_limit()
-        measured = self._read(now)
+        measured = self._gauge.read(now, self._ledger.limit)
         with self._lock:
             settled = self._observe_reading(measured, now)
         self._wake(settled)
@@ -814,8 +815,6 @@ class MemoryLimiter:
         """Take a reading into account; with the lock held."""
         ledger, policy = self._ledger, self.settings.pressure
         limit = ledger.limit
-        self._samples += 1
-        self._peak_measured = max(self._peak_measured, measured)
         self._delay = policy.delay_seconds(measured, limit)
         self._sample_at = now + policy.interval_seconds(measured, limit)
         self._calm()
@@ -828,6 +827,10 @@ class MemoryLimiter:
             self._rehearsal.settle(ledger.free, now)
         return settled
 
+    def _has_yielded(self, now: float) -> None:
+        self._yield_at = now + self.settings.yield_after_seconds
+        self._calm()
+
     def _calm(self) -> None:
         calm = min(self._yield_at, self._sample_at)
         self._calm_until = -math.inf if self._delay and not self._observe else calm
@@ -835,50 +838,10 @@ class MemoryLimiter:
     def _interval(self) -> float:
         return self.settings.pressure.interval_seconds(self._ledger.measured, self._ledger.limit)
 
-    def _read(self, now: float) -> int:
-        """Read the probe. If it fails, the last reading counts, and after a while pressure."""
-        try:
-            measured = check_reading(self._probe.read(), self._probe.name)
-            if measured == 0 and self._fixed_baseline != 0:
-                raise ValueError(f"probe {self._probe.name!r} read 0 bytes, which cannot be")
-        except Exception as error:
-            self._failures += 1
-            if self._failing_since is None:
-                self._failing_since = now
-                log().warning(
-                    "membound.probe_failed",
-                    probe=self._probe.name,
-                    error=repr(error),
-                    kept_bytes=self._ledger.measured,
-                )
-            measured = self._ledger.measured
-            if now - self._failing_since >= self.settings.stale_after_seconds:
-                measured = max(measured, self._ledger.limit)
-            return measured
-        if self._failing_since is not None:
-            self._failing_since = None
-            log().info("membound.probe_recovered", probe=self._probe.name)
-        return measured
-
-    def _first_reading(self) -> int:
-        name = getattr(self._probe, "name", type(self._probe).__name__)
-        try:
-            measured = check_reading(self._probe.read(), name)
-        except Exception as error:
-            raise InvalidLimit(
-                f"the probe {name!r} cannot be read: {error}; pass another one with probe="
-            ) from error
-        if measured == 0 and self._fixed_baseline != 0:
-            raise InvalidLimit(
-                f"the probe {name!r} reads 0 bytes, but no running process uses none; pass "
-                "another one with probe=, or baseline=0 in a test"
-            )
-        return measured
-
     def _checked_baseline(self, measured: int) -> int:
         baseline = measured if self._fixed_baseline is None else self._fixed_baseline
         if baseline >= self._limit.effective_bytes:
-            raise _below_baseline(self._limit, baseline, self._probe.name)
+            raise _below_baseline(self._limit, baseline, self._gauge.name)
         return baseline
 
     def _look_at_limit(self) -> None:
@@ -903,79 +866,18 @@ class MemoryLimiter:
             settled = self._ledger.lift(first) if first.barrier else []
         self._wake(settled)
 
-    def _watch_for_stall(self, now: float) -> None:
-        """Report once when nothing moves although somebody waits, and once when it does."""
-        moved, waiting = self._ledger.moved, self._ledger.waiters.count
-        if moved != self._progress_moved or not waiting:
-            if self._stalled:
-                self._stalled = False
-                log().info("membound.stall_ended", after_seconds=now - self._progress_at)
-            self._progress_moved, self._progress_at = moved, now
-        elif not self._stalled and now - self._progress_at >= self.settings.stall_after_seconds:
-            self._stalled = True
-            log().warning("membound.stalled", **self._stall_report(now))
-
-    def _stall_report(self, now: float) -> dict[str, Any]:
-        """Say who holds what since when, and who waits for what, the largest first."""
-        with self._lock:
-            ledger = self._ledger
-            oldest: dict[Account, float] = {}
-            for reference in list(self._grants):
-                grant = reference()
-                if grant is not None:
-                    account = grant._component._account
-                    oldest[account] = min(oldest.get(account, now), grant._since)
-            holders = sorted(
-                (account for account in ledger.accounts.values() if account.granted),
-                key=lambda account: -account.granted,
-            )
-            queues: list[tuple[Account, Queue]] = [
-                (account, account.queue)
-                for account in ledger.accounts.values()
-                if account.queue is not None
-            ]
-            waiters = [
-                {
-                    "component": account.name,
-                    "wanted_bytes": head.nbytes,
-                    "waiting": len(queue.grows) + len(queue.requests),
-                    "waited_seconds": round(now - head.asked_at, 3),
-                }
-                for account, queue in queues
-                if (head := queue.head()) is not None
-            ]
-            waiters.sort(key=lambda waiter: -waiter["waited_seconds"])  # type: ignore[operator]
-            return {
-                "stalled_seconds": round(now - self._progress_at, 3),
-                "free_bytes": ledger.free,
-                "drift_bytes": ledger.drift,
-                "measured_bytes": ledger.measured,
-                "waiting": ledger.waiters.count,
-                "holders": [
-                    {
-                        "component": account.name,
-                        "granted_bytes": account.granted,
-                        "oldest_seconds": round(now - oldest.get(account, now), 3),
-                    }
-                    for account in holders[:REPORTED]
-                ],
-                "waiters": waiters[:REPORTED],
-            }
-
     # --- snapshots, inside
 
     @staticmethod
     def _add(totals: dict[Account, float], account: Account, seconds: float) -> None:
         totals[account] = totals.get(account, 0.0) + seconds
 
-    def _count_grants(self) -> dict[Account, int]:
-        counts: dict[Account, int] = {}
-        for reference in list(self._grants):
-            grant = reference()
-            if grant is not None:
-                account = grant._component._account
-                counts[account] = counts.get(account, 0) + 1
-        return counts
+    def _held_grants(self) -> list[MemoryGrant]:
+        found = [reference() for reference in list(self._grants)]
+        return [grant for grant in found if grant is not None]
+
+    def _count_grants(self) -> Counter[Account]:
+        return Counter(grant._component._account for grant in self._held_grants())
 
     def _component_statistics(self, account: Account) -> ComponentStatistics:
         with self._lock:
@@ -983,7 +885,7 @@ class MemoryLimiter:
             return self._describe(account, self._count_grants(), seconds)
 
     def _describe(
-        self, account: Account, held: dict[Account, int], would_wait_seconds: dict[Account, float]
+        self, account: Account, held: Counter[Account], would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
         waiting = list(account.queue) if account.queue is not None else []
         return ComponentStatistics(
@@ -994,7 +896,7 @@ class MemoryLimiter:
             granted_bytes=account.granted,
             live_bytes=account.live,
             peak_granted_bytes=account.peak,
-            grants=held.get(account, 0),
+            grants=held[account],
             waiting=len(waiting),
             waiting_bytes=sum(request.nbytes for request in waiting),
             total_wait_seconds=self._wait_seconds.get(account, 0.0),
@@ -1033,7 +935,7 @@ def current_limiter(*, besides: Component | None = None) -> MemoryLimiter:
         scope = scope.outer
     if len(process_limiters) == 1:
         return process_limiters[0]
-    if process_limiters or _parse_switch(os.environ.get("MEMBOUND_REQUIRED", ""), "REQUIRED"):
+    if process_limiters or parse_switch(given(None, "REQUIRED", False), "required"):
         raise NoCurrentLimiter(len(process_limiters))
     global _warned_of_nobody
     if not _warned_of_nobody:
@@ -1044,65 +946,6 @@ def current_limiter(*, besides: Component | None = None) -> MemoryLimiter:
             "limiter.install() or `membound run`",
         )
     return _nobody
-
-
-# --- arguments
-
-
-def _given(value: Any, variable: str, default: Any) -> Any:
-    """Give the argument, else the environment variable, else the default."""
-    if value is not None:
-        return value
-    return os.environ.get(f"MEMBOUND_{variable}", "").strip() or default
-
-
-def _refuse(name: str, value: object, remedy: str) -> NoReturn:
-    raise InvalidLimit(f"{name}={value!r} (or MEMBOUND_{name.upper()}) makes no sense: {remedy}")
-
-
-def _size(value: int | str, name: str) -> int:
-    try:
-        return parse_size(value, name)
-    except (TypeError, ValueError) as error:
-        raise InvalidLimit(str(error)) from None
-
-
-def _parse_mode(value: Any) -> Mode:
-    if value not in ("strict", "permissive", "disabled"):
-        _refuse("mode", value, 'use "strict", "permissive" or "disabled"')
-    mode: Mode = value
-    return mode
-
-
-def _parse_switch(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word not in ("", "0", "false", "no", "off"):
-        _refuse(name, value, "use 1 or 0")
-    return False
-
-
-def _parse_slop(value: Any) -> float:
-    try:
-        slop = float(value) if isinstance(value, str) else value
-        if not isinstance(slop, bool) and 0 <= slop < 1:
-            return slop
-    except (TypeError, ValueError):
-        pass
-    _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
-
-
-def _parse_share(value: Any) -> Fraction:
-    try:
-        share = Fraction(str(value) if isinstance(value, float) else value)
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        share = Fraction(0)
-    if isinstance(value, bool) or not 0 < share <= 1:
-        _refuse("share", value, "use a part above 0 and at most 1, for example Fraction(1, 2)")
-    return share
 
 
 def _below_baseline(limit: MemoryLimit, baseline: int, measured_name: str) -> InvalidLimit:

@@ -6,13 +6,18 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from fractions import Fraction
+from functools import partial
+from typing import Any, Literal, NoReturn, Self
 
 from .exceptions import InvalidLimit
 from .pressure import PressurePolicy
 from .sizes import parse_size
 
 __all__ = ["LimiterSettings"]
+
+Mode = Literal["strict", "permissive", "disabled"]
+"""What to do with bounds that do not fit: raise, log and go on, or not look."""
 
 _FALSE = frozenset({"0", "false", "no", "off"})
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -55,10 +60,7 @@ class LimiterSettings:
         for name in ("stall_after_seconds", "yield_after_seconds", "stale_after_seconds"):
             _check_at_least(name, getattr(self, name), 1e-6)
         if self.bypass_limit_bytes is not None:
-            try:
-                bypass = parse_size(self.bypass_limit_bytes, "bypass_limit_bytes")
-            except (TypeError, ValueError) as error:
-                raise InvalidLimit(str(error)) from None
+            bypass = limit_size(self.bypass_limit_bytes, "bypass_limit_bytes")
             object.__setattr__(self, "bypass_limit_bytes", bypass)
         if not isinstance(self.debug, bool):
             raise InvalidLimit(f"debug={self.debug!r} must be True or False")
@@ -73,7 +75,7 @@ class LimiterSettings:
             InvalidLimit: a variable does not parse or is out of range; names it.
         """
         parsers: dict[str, Callable[[str], Any]] = {
-            "debug": _parse_switch,
+            "debug": partial(parse_switch, name="debug"),
             "bypass_limit_bytes": parse_size,
         }
         curve, others = _from(environ, PressurePolicy, {}), _from(environ, cls, parsers)
@@ -101,11 +103,68 @@ def _from(
     return values
 
 
-def _parse_switch(text: str) -> bool:
-    word = text.lower()
+# --- the arguments of a limiter, each of which has a variable too
+
+
+def given(value: Any, variable: str, default: Any) -> Any:
+    """Give the argument, else what ``MEMBOUND_<variable>`` says, else the default."""
+    if value is not None:
+        return value
+    return os.environ.get(f"MEMBOUND_{variable}", "").strip() or default
+
+
+def parse_mode(value: Any) -> Mode:
+    """Give the mode that the value names, or raise ``InvalidLimit``."""
+    if value not in ("strict", "permissive", "disabled"):
+        _refuse("mode", value, 'use "strict", "permissive" or "disabled"')
+    mode: Mode = value
+    return mode
+
+
+def parse_switch(value: Any, name: str) -> bool:
+    """Give the bool that the value is or names, or raise ``InvalidLimit``."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
     if word not in _TRUE | _FALSE:
-        raise ValueError("write 1 or 0, true or false, yes or no, on or off")
+        _refuse(name, value, "use 1 or 0, true or false, yes or no, on or off")
     return word in _TRUE
+
+
+def parse_slop_factor(value: Any) -> float:
+    """Give the slop factor that the value is or names, or raise ``InvalidLimit``."""
+    try:
+        slop = float(value) if isinstance(value, str) else value
+        if not isinstance(slop, bool) and 0 <= slop < 1:
+            factor: float = slop
+            return factor
+    except (TypeError, ValueError):
+        pass
+    _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
+
+
+def parse_share(value: Any) -> Fraction:
+    """Give the share that the value is or names, exactly, or raise ``InvalidLimit``."""
+    try:
+        share = Fraction(str(value) if isinstance(value, float) else value)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        share = Fraction(0)
+    if isinstance(value, bool) or not 0 < share <= 1:
+        _refuse("share", value, "use a part above 0 and at most 1, for example Fraction(1, 2)")
+    return share
+
+
+def limit_size(value: int | str, name: str) -> int:
+    """Give a number of bytes, or raise ``InvalidLimit``."""
+    try:
+        return parse_size(value, name)
+    except (TypeError, ValueError) as error:
+        raise InvalidLimit(str(error)) from None
+
+
+def _refuse(name: str, value: object, remedy: str) -> NoReturn:
+    raise InvalidLimit(f"{name}={value!r} (or MEMBOUND_{name.upper()}) makes no sense: {remedy}")
+
 
 
 def _check_at_least(name: str, value: object, least: float) -> None:

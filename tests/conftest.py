@@ -8,9 +8,8 @@ tells that clock's time, which starts at 0 there.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,26 +66,25 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 def no_blocking_calls() -> Iterator[None]:
     """Have any call of the package that blocks an asyncio loop raise `BlockingError`."""
     # `membound run` runs other people's programs, which may block as they like.
-    cli = [name for name in ["membound_async.cli"] if importlib.util.find_spec(name)]
-    with blockbuster.blockbuster_ctx("membound_async", excluded_modules=cli) as watch:
-        for function in watch.functions.values():
-            if function.full_name.startswith(("io.", "os.read", "os.stat")):
-                function.deactivate()
-                function.can_block_predicate = _or_kernel_file(function.can_block_predicate)
-                function.activate()
-        yield
+    watch = blockbuster.BlockBuster("membound_async", excluded_modules=["membound_async.cli"])
+    for name, function in watch.functions.items():
+        if name.startswith(("io.", "os.read", "os.stat")):
+            function.can_block_predicate = _or_kernel_file(function.can_block_predicate)
+    watch.activate()
+    yield
+    watch.deactivate()
 
 
-def _or_kernel_file(allowed: Any) -> Any:
-    def predicate(file: IO[Any] | int | str, *args: Any, **kwargs: Any) -> bool:
+def _or_kernel_file(allowed: Callable[..., bool]) -> Callable[..., bool]:
+    def predicate(file: Any, *args: Any, **kwargs: Any) -> bool:
         return allowed(file, *args, **kwargs) or _is_kernel_file(file)
 
     return predicate
 
 
-def _is_kernel_file(file: IO[Any] | int | str) -> bool:
+def _is_kernel_file(file: IO[Any] | int | str | os.PathLike[str]) -> bool:
     """Tell whether a file is one of /proc or /sys: no disk, ready in microseconds."""
-    if isinstance(file, str):
+    if isinstance(file, (str, os.PathLike)):
         path = Path(file)
     else:
         descriptor = file if isinstance(file, int) else file.fileno()

@@ -231,3 +231,83 @@ def test_writes_the_same_records_as_its_steps_one_by_one(some_flights, capsys):
     expected = outcome(capsys, some_flights, "--one-by-one")
     assert expected["records"] == 20_000
     assert outcome(capsys, some_flights) == expected
+
+
+# --- how the comparison is shown; that it comes out right is in faults/test_survive.py
+
+LIMIT_BYTES = 256 * 2**20
+
+
+def a_run(seconds, peak_bytes, **more):
+    samples = [(seconds * i / 100, peak_bytes * i // 100) for i in range(101)]
+    return survive.Run(seconds=seconds, samples=samples, **more)
+
+
+def died(status=-9, errors=""):
+    return a_run(
+        5.0,
+        LIMIT_BYTES,
+        status=status,
+        died_of_the_limit=True,
+        progress={"records": 14_000},
+        errors=errors,
+    )
+
+
+def finished(**more):
+    return a_run(
+        20.0, LIMIT_BYTES // 2, progress={"records": 200_000, "checksum": 7, "done": True}, **more
+    )
+
+
+EXPECTED = {"records": 200_000, "checksum": 7}
+
+
+def test_outcomes_are_shown_side_by_side():
+    lines = survive.compare(died(), finished(), EXPECTED, LIMIT_BYTES)
+    assert lines[:7] == [
+        "             bare                    under membound run",
+        "outcome      killed (OOM)            finished",
+        "time         5.0 s                   20.0 s",
+        "peak memory  256.0 MiB               128.0 MiB",
+        "written      14,000 of 200,000       200,000 of 200,000",
+        "throughput   2,800 records/s         10,000 records/s",
+        "checksum     -                       as expected",
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_memory_is_drawn_over_the_same_time_for_both():
+    bare = list(survive.chart(died(), LIMIT_BYTES, 20.0, "red", width=20))
+    bounded = list(survive.chart(finished(), LIMIT_BYTES, 20.0, "green", width=20))
+    assert bare == [
+        "    ▇█ died",
+        "   ▇██",
+        "  ▇███",
+        " ▇████",
+        "▇█████",
+    ]
+    assert bounded[0] == " " * 20 + " finished"
+    assert [len(row) for row in bounded[1:]] == [20] * 4
+    assert bounded[-1].endswith("█")
+
+
+@pytest.mark.parametrize(
+    ("bare", "bounded", "said"),
+    [
+        (died(), finished(), "bare it died, bounded every record arrived"),
+        (finished(), finished(), "bare, it had enough memory"),
+        (a_run(1.0, 9, status=1, errors="no such file"), finished(), "no such file"),
+        (died(), died(1, "MemoryError"), "bounded, it did not finish:\nMemoryError"),
+        (
+            died(),
+            a_run(1.0, 9, progress={"records": 200_000, "checksum": 8, "done": True}),
+            "wrote something else",
+        ),
+    ],
+)
+def test_only_the_whole_story_is_a_success(capsys, bare, bounded, said):
+    status = survive.verdict(bare, bounded, EXPECTED)
+    output = capsys.readouterr().out
+    assert said in output
+    assert (status == 0) == ("every record arrived" in output)

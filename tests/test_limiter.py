@@ -325,7 +325,7 @@ async def test_drift_is_what_nobody_was_granted() -> None:
 async def test_while_somebody_waits_memory_is_looked_at() -> None:
     probe = ScriptedProbe(lambda: 800 if anyio.current_time() < 7 else 0)
     limiter = testing.limiter(1000, probe=ScriptedProbe(0))
-    limiter._probe = probe
+    limiter._gauge.probe = probe
     blocker = await limiter.component("blocker").grant(1)
     async with limiter.component("a").grant(400):  # T = 800; 199 are free while drift is 800
         assert 7 <= anyio.current_time() <= 7.25
@@ -477,7 +477,7 @@ async def test_a_stall_is_reported_once_and_so_is_its_end(logs: list[Any]) -> No
         await anyio.sleep(35)
         (stalled,) = events(logs, "stalled")
         assert stalled["holders"] == [
-            {"component": "sink", "granted_bytes": 500, "oldest_seconds": pytest.approx(10, 0.05)}
+            {"component": "sink", "granted_bytes": 500, "reserved_bytes": 0, "oldest_seconds": pytest.approx(10, 0.05)}
         ]
         (waiter,) = stalled["waiters"]
         assert waiter["component"] == "decode"

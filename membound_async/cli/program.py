@@ -11,6 +11,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -60,32 +61,34 @@ def script(path: str, arguments: Sequence[str]) -> Callable[[], None]:
     Raises:
         CannotStart: there is no such file, or it cannot be read.
     """
-    importer = pkgutil.get_importer(path)
+    location = os.path.abspath(path)
+    importer = pkgutil.get_importer(location)
     if importer is not None:
         spec = importer.find_spec("__main__", None)
         if spec is None:
             raise CannotStart(f"can't find '__main__' module in {path!r}")
-        return lambda: _run_main_of(path, spec, arguments)
-    location = os.path.abspath(path)
-    loader = SourceFileLoader("__main__", location)
-    try:
-        source = loader.get_data(location)
-    except OSError as error:
-        raise CannotStart(f"can't open file {path!r}: {error.strerror}") from None
+        directory = location
+        run_it = partial(_run_spec, spec)
+    else:
+        loader = SourceFileLoader("__main__", location)
+        try:
+            source = loader.get_data(location)
+        except OSError as error:
+            raise CannotStart(f"can't open file {path!r}: {error.strerror}") from None
+        directory = os.path.dirname(os.path.realpath(location))
+        run_it = partial(_run_source, source, loader)
 
     def run() -> None:
         sys.argv = [path, *arguments]
-        put_first_on_path(os.path.dirname(os.path.realpath(location)))
-        code = loader.source_to_code(source, location)
-        _run_as_main(code, __file__=location, __loader__=loader, __package__=None, __cached__=None)
+        put_first_on_path(directory)
+        run_it()
 
     return run
 
 
-def _run_main_of(path: str, spec: ModuleSpec, arguments: Sequence[str]) -> None:
-    sys.argv = [path, *arguments]
-    put_first_on_path(path)
-    _run_spec(spec)
+def _run_source(source: bytes, loader: SourceFileLoader) -> None:
+    code = compile(source, loader.path, "exec", dont_inherit=True)
+    _run_as_main(code, __file__=loader.path, __loader__=loader, __package__=None, __cached__=None)
 
 
 def module(name: str, arguments: Sequence[str]) -> Callable[[], None]:

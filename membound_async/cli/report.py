@@ -55,6 +55,7 @@ class Report:
         ending: how it ended.
         seconds: how long it ran.
         statistics: its limiter's numbers at the end.
+        membound_version: of this package.
         has_limit_option: whether ``--limit`` was given.
         peak_rss_bytes: the most resident memory it ever had, as the kernel counts; None
             where it does not say.
@@ -67,6 +68,7 @@ class Report:
     ending: Ending
     seconds: float
     statistics: LimiterStatistics
+    membound_version: str
     has_limit_option: bool
     peak_rss_bytes: int | None
     stalled_seconds: float | None
@@ -75,7 +77,7 @@ class Report:
         """Give it as one JSON document in one line."""
         return json.dumps(
             {
-                "membound_version": version(),
+                "membound_version": self.membound_version,
                 "program": self.program,
                 "exit_code": self.ending.exit_code,
                 "exception": self.ending.exception,
@@ -94,7 +96,7 @@ class Report:
         return "\n".join([*text, *_components(self.statistics, columns)])
 
     def _ended(self) -> str:
-        ending, after = self.ending, f"after {_duration(self.seconds)}"
+        ending, after = self.ending, f"after {_duration(self.seconds, '0 s')}"
         if ending == _INTERRUPTED:
             return f"was interrupted {after}"
         by = "" if ending.exception is None else f" by {ending.exception}"

@@ -28,7 +28,7 @@ from .program import (
     put_first_on_path,
     script,
 )
-from .report import Ending, Report, peak_rss_bytes
+from .report import Ending, Report, peak_rss_bytes, version
 
 __all__ = ["run"]
 
@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.report not in REPORTS:
         raise CannotStart(f"--report {arguments.report}: use one of {', '.join(REPORTS)}")
+    if arguments.report_file is not None:
+        _check_writable(arguments.report_file)
     name, execute = _choose(arguments)
     try:
         limiter = MemoryLimiter(
@@ -64,28 +66,21 @@ def run(arguments: argparse.Namespace) -> None:
         # Python calls it after the program's threads and own exit handlers have ended.
         atexit.register(writer.write)
     try:
-        execute(limiter)
+        _unwrapping_interrupts(execute, limiter)
     except CannotStart:
         if writer is not None:
             atexit.unregister(writer.write)
         limiter.uninstall()
         raise
     except BaseException as error:
-        ended_by = KeyboardInterrupt() if _is_interrupt(error) else error
         if writer is not None:
-            writer.ending = Ending.of(ended_by)
-        _show_from_program_on(ended_by)
-        if ended_by is not error:
-            raise ended_by from None
+            writer.ending = Ending.of(error)
+        _show_from_program_on(error)
         raise
 
 
 class _Writer:
-    """Writes the report when the program has ended.
-
-    Raises:
-        CannotStart: the file cannot be written.
-    """
+    """Writes the report when the program has ended."""
 
     def __init__(self, limiter: MemoryLimiter, program: str, arguments: argparse.Namespace) -> None:
         self.ending = Ending()
@@ -95,12 +90,9 @@ class _Writer:
         self._stream = sys.stderr  # whatever the program puts in its place
         path = arguments.report_file
         self._path = None if path is None else os.path.abspath(path)  # the program may chdir
-        if self._path is not None:
-            try:
-                with open(self._path, "a", encoding="utf-8"):
-                    pass
-            except OSError as error:
-                raise CannotStart(f"the report cannot be written: {error}") from None
+        # At the end Python is to find what has interrupted the program, if that is so, and
+        # it would not after the imports that this needs.
+        self._version = version() if arguments.report == "json" else ""
         self._process = os.getpid()
         self._started = time.monotonic()
         self._stalled_before = _stalled_seconds(limiter.statistics())
@@ -132,6 +124,7 @@ class _Writer:
             ending=self.ending,
             seconds=time.monotonic() - self._started,
             statistics=statistics,
+            membound_version=self._version,
             has_limit_option=self._arguments.limit is not None,
             peak_rss_bytes=peak_rss_bytes(),
             stalled_seconds=None if stalled is None else stalled - (self._stalled_before or 0.0),
@@ -139,6 +132,15 @@ class _Writer:
         if self._arguments.report == "json":
             return report.to_json() + "\n"
         return report.to_text(columns_of(self._stream)) + "\n"
+
+
+def _check_writable(path: str) -> None:
+    """Find out now, not when a program that ran for hours has ended."""
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise CannotStart(f"the report cannot be written: {error}") from None
 
 
 def _stalled_seconds(statistics: LimiterStatistics) -> float | None:
@@ -201,8 +203,17 @@ def _run_function(
     anyio.run(function, backend=backend, backend_options=options)
 
 
+def _unwrapping_interrupts(execute: Execute, limiter: MemoryLimiter) -> None:
+    """Run a program; Ctrl-C that task groups have wrapped is an interrupt like any other."""
+    try:
+        execute(limiter)
+    except BaseExceptionGroup as group:
+        if _is_interrupt(group):
+            raise KeyboardInterrupt from group
+        raise
+
+
 def _is_interrupt(error: BaseException) -> bool:
-    """Tell whether Ctrl-C and nothing else has ended the program; task groups wrap it."""
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         return all(map(_is_interrupt, group.exceptions))

@@ -53,7 +53,8 @@ def verify(arguments: argparse.Namespace) -> int:
     except SystemExit as error:
         raise CannotStart(f"importing it ended by SystemExit({error.code!r})") from None
     except Exception as error:  # noqa: BLE001  any program's
-        sys.excepthook(type(error), error, from_program_on(error))
+        traceback = from_program_on(error)
+        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         return 2
     try:
         return _print_verdict(declared, limiter, arguments)
@@ -93,8 +94,8 @@ def _print_verdict(
         reason = str(error).removesuffix(getattr(error, "report", "")).rstrip()
         _say(f"DOES NOT FIT {limit_in_words}: {reason}", columns)
         return 1
-    smallest = format_size(verifier.smallest_limit_bytes)
-    _say(f"FITS {limit_in_words}; the smallest limit that would do is {smallest}", columns)
+    _say(f"FITS {limit_in_words}", columns)
+    print(f"smallest limit that fits: {format_size(verifier.smallest_limit_bytes)}")
     return 0
 
 

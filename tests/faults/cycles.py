@@ -3,10 +3,11 @@
     python tests/faults/cycles.py [--cycles 50] [--limit 256MiB] [--report json]
 
 A load decodes JSON documents that inflate ninefold, each under a grant of that size, holds
-every one for a moment, as a writer would, and releases it. Then comes a rest, with nothing
-granted. Most of the heap of such a load stays with the allocator. A limiter that took it for
-somebody else's memory would let fewer and fewer documents in at a time; since they are held,
-that is what the throughput of a load measures.
+every one for a moment, as a writer would, and releases it, but for a record here and there
+that a cache remembers. Then comes a rest, with nothing granted. What the cache remembers is
+little, but keeps most of the heap of a load from going back to the system. A limiter that
+took that heap for somebody else's memory would let fewer and fewer documents in at a time;
+since they are held, that is what the throughput of a load measures.
 
 Exits with 0 if the last fifth of the cycles kept at least 80 % of the first one's
 throughput, by their median: what else the machine does shows in single cycles.
@@ -19,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +33,10 @@ INFLATION = 9
 DOCUMENTS = 24
 """How many documents a load has; more than fit into the limit at a time."""
 
-HOLD_SECONDS = 0.05
+REMEMBERED_EACH = 1000
+"""One record of so many is remembered; an arena of the allocator takes some thousands."""
+
+HOLD_SECONDS = 0.5
 REST_SECONDS = 0.05
 GOAL = 0.8
 
@@ -44,13 +49,14 @@ def make_document(nbytes: int) -> bytes:
     return b"[" + b",".join(rows) + b"]"
 
 
-async def load(component: Component, document: bytes) -> None:
+async def load(component: Component, document: bytes, cache: deque[Any]) -> None:
     """Decode and hold the documents, as many at a time as there is memory for."""
 
     async def work() -> None:
         async with component.grant(len(document) * INFLATION):
             decoded = json.loads(document)
             await anyio.sleep(HOLD_SECONDS)
+            cache.extend(decoded[::REMEMBERED_EACH])
             del decoded
 
     async with anyio.create_task_group() as tasks:
@@ -62,11 +68,12 @@ async def run(cycles: int, limit: int, document_bytes: int, as_json: bool) -> di
     """Run the cycles; give what was measured."""
     document = make_document(document_bytes)
     throughputs: list[float] = []
+    cache: deque[Any] = deque(maxlen=DOCUMENTS * document.count(b"{") // REMEMBERED_EACH)
     async with MemoryLimiter(limit) as limiter, limiter.component("decode") as decode:
         before = limiter.statistics()
         for cycle in range(cycles):
             begun = time.perf_counter()
-            await load(decode, document)
+            await load(decode, document, cache)
             seconds = time.perf_counter() - begun
             throughputs.append(DOCUMENTS * len(document) / seconds)
             await anyio.sleep(REST_SECONDS)

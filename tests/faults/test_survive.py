@@ -1,0 +1,152 @@
+"""When memory truly runs out: the example dies bare and finishes bounded, every time.
+
+Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times. The memory cgroup
+of 256 MiB and the limit of the data segment are real ones, so is the OOM killer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cgroups import MemoryCgroup, memory_cgroup, why_not
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = ROOT / "examples" / "data"
+LIMIT_BYTES = 256 * 1024 * 1024
+PIPELINE = [
+    ROOT / "examples" / "log_pipeline.py",
+    DATA / "flights.csv.gz",
+    f"--join=carrier={DATA / 'airlines.csv'}",
+    f"--join=dest={DATA / 'airports.csv'}",
+    "--report=json",
+    "--rate=0",
+]
+RECORDS = 200_000
+BARE = [sys.executable]
+BOUNDED = [sys.executable, "-m", "membound_async.cli", "run", "--report=json"]
+
+runs = pytest.mark.parametrize("run", range(int(os.environ.get("SURVIVE_RUNS", "1"))))
+in_cgroup = pytest.mark.skipif(
+    why_not() is not None, reason=f"runs without a real memory cgroup: {why_not()}"
+)
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """What the pipeline's steps give when they are taken one after the other."""
+    done = subprocess.run(
+        [*BARE, *PIPELINE, "--one-by-one"], capture_output=True, text=True, check=True
+    )
+    (last,) = lines(done.stdout)
+    assert last["records"] == RECORDS
+    return last
+
+
+def assert_all_arrived(done: subprocess.CompletedProcess[str], expected: dict[str, Any]) -> None:
+    assert done.returncode == 0, done.stderr
+    last = lines(done.stdout)[-1]
+    for name in ("records", "rejected", "bytes", "checksum", "done"):
+        assert last[name] == expected[name], name
+
+
+def limiter_statistics(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert report["exit_code"] == 0
+    return report["limiter"]
+
+
+@pytest.fixture
+def cgroup():
+    with memory_cgroup(LIMIT_BYTES) as made:
+        yield made
+
+
+@in_cgroup
+@runs
+def test_bare_it_is_killed(cgroup: MemoryCgroup, run):
+    done = cgroup.run([*BARE, *PIPELINE, "--stall=100"])
+    assert done.returncode == -signal.SIGKILL
+    assert cgroup.oom_kills == 1
+    assert 0 < lines(done.stdout)[-1]["records"] < RECORDS
+
+
+@in_cgroup
+@runs
+def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run):
+    done = cgroup.run([*BOUNDED, *PIPELINE, "--stall=5"])
+    assert_all_arrived(done, expected)
+    assert cgroup.oom_kills == 0
+    numbers = limiter_statistics(done)
+    assert numbers["limit_bytes"] == LIMIT_BYTES
+    assert f"cgroup v{cgroup.version}" in numbers["limit_source"]
+    # It was a near thing: memory was used up to what the quota allows, and somebody waited.
+    waits = {part["path"]: part["total_wait_seconds"] for part in numbers["components"]}
+    assert waits["write"] > 1
+    assert 0.4 < numbers["peak_measured_bytes"] / LIMIT_BYTES < 1
+    assert numbers["grants"] == numbers["waiting"] == numbers["committed_bytes"] == 0
+
+
+def run_under_data_limit(*argv: Any) -> subprocess.CompletedProcess[str]:
+    limited = ["/bin/sh", "-c", f'ulimit -d {LIMIT_BYTES // 1024} && exec "$@"', "sh"]
+    return subprocess.run(
+        [*limited, *argv], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no system but Linux enforces RLIMIT_DATA")
+@runs
+def test_bare_it_runs_out_of_memory_under_a_limit_of_the_data_segment(run):
+    done = run_under_data_limit(*BARE, *PIPELINE, "--stall=100")
+    assert done.returncode not in (0, -signal.SIGKILL)
+    assert done.returncode < 0 or "MemoryError" in done.stderr
+    assert 0 < lines(done.stdout)[-1]["records"] < RECORDS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no system but Linux enforces RLIMIT_DATA")
+@runs
+def test_bounded_every_record_arrives_under_a_limit_of_the_data_segment(expected, run):
+    done = run_under_data_limit(*BOUNDED, *PIPELINE, "--stall=5")
+    assert_all_arrived(done, expected)
+    numbers = limiter_statistics(done)
+    assert numbers["limit_bytes"] == LIMIT_BYTES
+    assert "RLIMIT_DATA" in numbers["limit_source"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="survive.py needs Linux")
+@pytest.mark.slow
+def test_the_example_shows_both():
+    survive = [*BARE, ROOT / "examples" / "survive.py"]
+    done = subprocess.run(survive, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "200,000 of 200,000" in done.stdout
+
+
+def test_load_and_rest_do_not_pin_the_quota():
+    """What the allocator keeps of a load is not taken for somebody else's memory."""
+    cycles = ROOT / "tests" / "faults" / "cycles.py"
+    done = subprocess.run(
+        [*BARE, cycles, "--cycles=3", "--limit=128MiB", "--document=512KiB", "--report=json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    numbers = json.loads(done.stdout)
+    assert numbers["cycles"] == 3
+    assert numbers["documents"] == 3 * 24
+    assert numbers["granted_bytes"] == 0
+    assert numbers["peak_measured_bytes"] < numbers["limit_bytes"]
+    assert numbers["free_bytes"] >= 0.8 * numbers["free_bytes_before"]

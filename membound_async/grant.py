@@ -383,7 +383,7 @@ def grant(
         UnknownComponent: there is no component of that path.
         TypeError, ValueError: an argument makes no sense.
     """
-    return make_grant(_target(component), nbytes, up_to, timeout, oversize)
+    return make_grant(find_component(component), nbytes, up_to, timeout, oversize)
 
 
 def grant_nowait(
@@ -402,10 +402,11 @@ def grant_nowait(
         GrantTooLarge: it could never be had.
         NoCurrentLimiter, UnknownComponent, TypeError, ValueError: as for ``grant``.
     """
-    return make_grant(_target(component), nbytes, up_to, None, "raise")._acquire_nowait()
+    return make_grant(find_component(component), nbytes, up_to, None, "raise")._acquire_nowait()
 
 
-def _target(component: Component | str | None) -> Component:
+def find_component(component: Component | str | None) -> Component:
+    """Give the component that a grant is for; see ``grant`` for the lookup and the errors."""
     from .limiter import current_limiter
 
     if component is None:

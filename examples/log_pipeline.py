@@ -41,10 +41,10 @@ from typing import Any, BinaryIO, Protocol, Self, cast
 
 import anyio
 import anyio.to_thread
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from membound_async import Component, bounded, create_memory_stream
 from membound_async.sizes import deep, parse_size
+from membound_async.streams import MemoryReceiveStream, MemorySendStream
 
 BLOCK_BYTES = 64 * 1024
 """How much text is read and decoded at a time."""
@@ -417,7 +417,7 @@ class Decoded:
         return cls(records, deep(sample) * len(records) // max(len(sample), 1))
 
 
-async def read(part: Component, blocks: Blocks, out: MemoryObjectSendStream[bytes]) -> None:
+async def read(part: Component, blocks: Blocks, out: MemorySendStream[bytes]) -> None:
     """Pass on blocks of text."""
     async with part, out:
         async for block in bounded(blocks, ahead=BLOCK_BYTES):
@@ -426,10 +426,10 @@ async def read(part: Component, blocks: Blocks, out: MemoryObjectSendStream[byte
 
 async def decode(
     part: Component,
-    blocks: MemoryObjectReceiveStream[bytes],
+    blocks: MemoryReceiveStream[bytes],
     decoder: Decoder,
     enricher: Enricher,
-    out: MemoryObjectSendStream[Decoded],
+    out: MemorySendStream[Decoded],
 ) -> None:
     """Make records of text. Room for a block's is asked for before there are any."""
     expansion = 32.0  # times the text; known better after the first block
@@ -444,14 +444,11 @@ async def decode(
 
 
 async def write(
-    part: Component, source: MemoryObjectReceiveStream[Decoded], sink: SlowSink, report: Report
+    part: Component, source: MemoryReceiveStream[Decoded], sink: SlowSink, report: Report
 ) -> None:
     """Gather records to batches, for the sink likes them large, but not late."""
     async with part, source:
-        batches = part.batches(
-            source, size=lambda decoded: decoded.nbytes, max_items=4, max_seconds=1.0
-        )
-        async for batch in batches:
+        async for batch in part.batches(source, max_items=4, max_seconds=1.0):
             await sink.write(record for decoded in batch for record in decoded.records)
             report.progress(sink.totals)
 
@@ -461,8 +458,8 @@ async def run_pipeline(
 ) -> None:
     """Run the three parts side by side, each as fast as the streams let it."""
     reading, decoding, writing = Component("read"), Component("decode"), Component("write")
-    text_in, text_out = create_memory_stream(size=len, component=decoding)
-    records_in, records_out = create_memory_stream(
+    text_in, text_out = create_memory_stream[bytes](component=decoding)
+    records_in, records_out = create_memory_stream[Decoded](
         size=lambda decoded: decoded.nbytes, component=writing
     )
     async with anyio.create_task_group() as parts:

@@ -375,6 +375,7 @@ def verdict(bare: Run, bounded: Run, expected: dict[str, Any]) -> int:
     for fault in faults:
         print(paint(f"\nNot shown: {fault}", "red"))
     if not faults:
+        print(paint(f"\nWhat `membound run` says of it:\n\n{bounded.errors.strip()}", "grey"))
         print("\nThe same file, the same limit: bare it died, bounded every record arrived.")
     return 1 if faults else 0
 

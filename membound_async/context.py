@@ -9,7 +9,13 @@ if TYPE_CHECKING:
     from .component import Component
     from .limiter import MemoryLimiter
 
-__all__ = ["Scope", "current_component", "current_scope", "process_limiters"]
+__all__ = [
+    "Scope",
+    "current_component",
+    "current_scope",
+    "entered_limiters",
+    "installed_limiters",
+]
 
 
 class Scope(NamedTuple):
@@ -21,8 +27,11 @@ class Scope(NamedTuple):
 
 current_scope: ContextVar[Scope | None] = ContextVar("membound_scope", default=None)
 
-process_limiters: list[MemoryLimiter] = []
-"""The limiters that are entered or installed, each once."""
+entered_limiters: list[MemoryLimiter] = []
+"""The limiters that the process has entered, each once."""
+
+installed_limiters: list[MemoryLimiter] = []
+"""The limiters that are installed, each once; asked when none is entered."""
 
 
 def current_component() -> Component | None:

@@ -85,7 +85,7 @@ class _AsyncioLoop(EventLoop):
         raise NotImplementedError  # replaced in the instance: one call less for each wait
 
     def wake(self, place: asyncio.Future[None]) -> None:
-        if not place.done():
+        if not place.done() and not self._loop.is_closed():
             place.set_result(None)
 
     def call_soon(self, callback: Callable[[], object]) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import warnings
-from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
-from weakref import ref
 
-from .context import current_component
+from .context import current_component, current_scope
 from .exceptions import GrantReleased
-from .sizes import MAX_BYTES, format_size, parse_size
+from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
+from .sizes import format_size, parse_size
 from .waiters import Kind, Request
 
 if TYPE_CHECKING:
@@ -20,13 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryGrant", "grant", "grant_nowait"]
 
-_running_loop = asyncio._get_running_loop
 
-NEW, ASKED, HELD, ALONE, RELEASED = range(5)
-"""The life of a grant; ``ALONE`` is held, with the pool to itself."""
-
-
-class MemoryGrant:
+class MemoryGrant(GrantState):
     """Bytes that a component may use, from ``async with`` until its end.
 
     Made by ``grant()`` of a component, a limiter or this package. Three ways to hold it::
@@ -39,30 +32,7 @@ class MemoryGrant:
     waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_component",
-        "_growing",
-        "_options",
-        "_since",
-        "_size",
-        "_state",
-        "_wanted",
-    )
-
-    def __init__(
-        self,
-        component: Component,
-        nbytes: int | str,
-        options: tuple[int | None, float | None, bool] | None = None,
-    ) -> None:
-        self._state = NEW  # first, for the finaliser
-        self._component = component
-        if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
-            nbytes = parse_size(nbytes, "nbytes")
-        self._wanted = nbytes
-        self._options = options
-        self._size = 0
+    __slots__ = ("_growing",)
 
     @property
     def size(self) -> int:
@@ -85,35 +55,6 @@ class MemoryGrant:
         return f"<MemoryGrant {self._component.path!r}: {format_size(nbytes)}, {state}>"
 
     # --- getting it
-
-    async def __aenter__(self) -> Self:
-        # The fast path: nobody ahead, no pressure and room. Everything else is in _acquire.
-        component = self._component
-        limiter = component._limiter
-        if self._state == NEW and self._options is None and limiter is not None:
-            if _running_loop() is limiter._loop_token:
-                now = limiter._now()
-                if now < limiter._calm_until:
-                    with limiter._lock:
-                        admitted = limiter._ledger.admit(component._account, self._wanted)
-                    if admitted:
-                        self._since = now
-                        self._size = self._wanted
-                        self._state = HELD
-                        limiter._grants.add(ref(self))
-                        return self
-        return await self._acquire()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._release()
-
-    def __await__(self) -> Generator[Any, Any, Self]:
-        return self.__aenter__().__await__()
 
     def __enter__(self) -> Self:
         if self._begin():
@@ -192,7 +133,7 @@ class MemoryGrant:
             if self._state != RELEASED:
                 if self._state == ASKED:
                     self._since = limiter._now()
-                    limiter._grants.add(ref(self))
+                    limiter._grants.add(self)
                 self._size += request.nbytes
                 self._state = ALONE if request.exclusive else HELD
                 return
@@ -289,7 +230,7 @@ class MemoryGrant:
                 self._state = RELEASED
                 size = self._size
                 self._size = 0
-                limiter._grants.discard(ref(self))
+                limiter._grants.discard(self)
                 settled = limiter._ledger.give_back(
                     component._account, size, exclusive=state == ALONE
                 )
@@ -312,19 +253,18 @@ class MemoryGrant:
             raise RuntimeError(f"{operation}: another task is waiting to grow this grant already")
         return self._request(Kind.GROW, parse_size(nbytes, "nbytes"))
 
-    def __del__(self) -> None:
-        # May run in any thread, and inside the limiter's own lock: it only queues.
-        if self._state == HELD or self._state == ALONE:
-            limiter = self._component._limiter
-            limiter._grants.discard(ref(self))
-            limiter._abandon(self._component._account, self._size, self._state == ALONE)
-            warnings.warn(
-                f"{self!r} was never released; it is given back now. Use `async with`, or "
-                "release() in a finally block",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
+    def _lost(self) -> None:
+        # From the finaliser: in any thread, and inside the limiter's own lock. It only queues.
+        self._component._limiter._abandon(
+            self._component._account, self._size, self._state == ALONE
+        )
+        warnings.warn(
+            f"{self!r} was never released; it is given back now. Use `async with`, or "
+            "release() in a finally block",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
 
 
 def make_grant(
@@ -383,6 +323,10 @@ def grant(
         UnknownComponent: there is no component of that path.
         TypeError, ValueError: an argument makes no sense.
     """
+    if up_to is None and component is None and timeout is None and oversize == "raise":
+        scope = current_scope.get()
+        if scope is not None and scope.component._limiter is not None:
+            return MemoryGrant(scope.component, nbytes)
     return make_grant(find_component(component), nbytes, up_to, timeout, oversize)
 
 

@@ -19,7 +19,7 @@ import anyio.lowlevel
 
 from .bounds import ROOT
 from .component import Component
-from .context import Scope, current_component, current_scope, process_limiters
+from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
 from .eventloop import EventLoop, Handle, ThreadPlace, running_loop
 from .events import log
 from .exceptions import (
@@ -31,6 +31,7 @@ from .exceptions import (
     NoCurrentLimiter,
     UnknownComponent,
 )
+from .fastpath import Holders, LimiterState
 from .gauge import Gauge
 from .grant import MemoryGrant, make_grant
 from .limits import MemoryLimit, resolve
@@ -54,9 +55,6 @@ from .statistics import ComponentStatistics, LimiterStatistics
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import Kind, Request, State
 
-if TYPE_CHECKING:
-    from weakref import ref
-
 __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
@@ -72,7 +70,7 @@ class _NoMemory:
         return 0
 
 
-class MemoryLimiter:
+class MemoryLimiter(LimiterState):
     """Divides memory among components, and makes callers wait or slows them under pressure.
 
     It has no task and no thread, so nothing must be started: make one, and use it in any
@@ -146,14 +144,15 @@ class MemoryLimiter:
         )
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
-        self._grants: set[ref[MemoryGrant]] = set()
+        self._grants = Holders()
         self._abandoned: deque[tuple[Account, int, bool]] = deque()
         self._loop: EventLoop | None = None
-        self._loop_token: object = self
+        self._loop_token = self
         self._now = time.monotonic
         self._timer: Handle | None = None
         self._entered = 0
         self._used = False
+        self._starts_with_first_request = False
         self._verified: tuple[int, int, int | None] | None = None
         self._adopted: list[Component] = []
         self._rehearsal = Rehearsal()
@@ -397,25 +396,29 @@ class MemoryLimiter:
     def install(self) -> None:
         """Make it the process's limiter: the current one of all code outside any other.
 
+        One that is entered goes before one that is installed. What the program imports
+        until its first request is part of the baseline.
+
         Raises:
             BoundsError: in mode strict, what is declared does not fit.
         """
         self._start()
-        if self not in process_limiters:
-            process_limiters.append(self)
+        self._starts_with_first_request = not self._used
+        if self not in installed_limiters:
+            installed_limiters.append(self)
 
     def uninstall(self) -> None:
         """Undo ``install()``."""
-        if self in process_limiters:
-            process_limiters.remove(self)
+        if self in installed_limiters:
+            installed_limiters.remove(self)
         if not self._entered:
             self._let_go()
 
     async def __aenter__(self) -> Self:
         self._start()
         self._entered += 1
-        if self not in process_limiters:
-            process_limiters.append(self)
+        if self not in entered_limiters:
+            entered_limiters.append(self)
         current_scope.set(Scope(self.root, current_scope.get()))
         return self
 
@@ -431,8 +434,8 @@ class MemoryLimiter:
         self._entered -= 1
         if self._entered:
             return
-        if self in process_limiters:
-            process_limiters.remove(self)
+        if self in entered_limiters:
+            entered_limiters.remove(self)
         self._let_go()
         self._drain()
         leaked = {
@@ -459,6 +462,14 @@ class MemoryLimiter:
                 self._ledger.rebase(baseline)
                 self._observe_reading(measured, self._now())
         self._verify_if_changed()
+
+    def _start_with_first_request(self, now: float) -> None:
+        """Take what was imported since ``install()`` into the baseline; with the lock held."""
+        if self._starts_with_first_request and not self._used and self._fixed_baseline is None:
+            measured = self._gauge.read(now, self._ledger.limit)
+            if measured < self._ledger.limit:
+                self._ledger.rebase(measured)
+                self._observe_reading(measured, now)
 
     def _let_go(self) -> None:
         """Let components that came by themselves be used with another limiter."""
@@ -525,7 +536,7 @@ class MemoryLimiter:
         try:
             self._verifier().check()
         except BoundsError as error:
-            if self._mode == "strict":
+            if self._mode == "strict" and not self._observe:
                 raise
             log().warning("membound.bounds_do_not_fit", reason=str(error))
         self._verified = totals
@@ -537,7 +548,7 @@ class MemoryLimiter:
             if self._ledger.enter_again(account):
                 return
         request = Request(account, account.minimum, Kind.ENTER)
-        if self._mode != "strict":
+        if self._mode != "strict" and not self._observe:
             with self._lock:
                 if self._ledger.refusal(request) is not None:
                     self._ledger.force(request)
@@ -560,6 +571,11 @@ class MemoryLimiter:
             )
 
     # --- requests
+
+    def _admit(self, account: Account, nbytes: int) -> bool:
+        """Charge a new grant if nothing speaks against it; False says only: ask in order."""
+        with self._lock:
+            return self._ledger.admit(account, nbytes)
 
     async def _acquire(self, request: Request, timeout: float | None) -> None:
         """Wait until the request is admitted, and for the delay if there is pressure.
@@ -609,6 +625,7 @@ class MemoryLimiter:
             if self._observe:
                 self._rehearse(request, now)
             else:
+                self._start_with_first_request(now)
                 self._used = True
                 self._ledger.request_nowait(request)
 
@@ -646,6 +663,7 @@ class MemoryLimiter:
 
     def _ask(self, request: Request, now: float) -> list[Request]:
         """Put the request to the ledger; with the lock held."""
+        self._start_with_first_request(now)
         self._used = True
         if self._observe:
             self._rehearse(request, now)
@@ -750,12 +768,13 @@ class MemoryLimiter:
         if loop is not None:
             if loop.token is running.token:
                 return loop
-            if not loop.ended and (self._grants or self._ledger.waiters.count):
+            held = len(self._grants.snapshot())
+            if not loop.ended and (held or self._ledger.waiters.count):
                 if self.is_noop:
                     return running
                 raise LimitError(
                     "another event loop is using this limiter: it holds "
-                    f"{len(self._grants)} grants, and {self._ledger.waiters.count} requests "
+                    f"{held} grants, and {self._ledger.waiters.count} requests "
                     "wait; use `with grant(...)` from threads, or a limiter for each loop"
                 )
         with self._lock:
@@ -788,7 +807,7 @@ class MemoryLimiter:
             self._lift_barrier(now)
         if self._stalls.look(now, self._ledger.moved, self._ledger.waiters.count):
             with self._lock:
-                report = describe_stall(self._ledger, self._held_grants(), now)
+                report = describe_stall(self._ledger, self._grants.snapshot(), now)
             log().warning("membound.stalled", **report)
 
     # --- the world
@@ -872,12 +891,8 @@ class MemoryLimiter:
     def _add(totals: dict[Account, float], account: Account, seconds: float) -> None:
         totals[account] = totals.get(account, 0.0) + seconds
 
-    def _held_grants(self) -> list[MemoryGrant]:
-        found = [reference() for reference in list(self._grants)]
-        return [grant for grant in found if grant is not None]
-
     def _count_grants(self) -> Counter[Account]:
-        return Counter(grant._component._account for grant in self._held_grants())
+        return Counter(grant._component._account for grant in self._grants.snapshot())
 
     def _component_statistics(self, account: Account) -> ComponentStatistics:
         with self._lock:
@@ -933,10 +948,11 @@ def current_limiter(*, besides: Component | None = None) -> MemoryLimiter:
             found: MemoryLimiter = scope.component._limiter
             return found
         scope = scope.outer
-    if len(process_limiters) == 1:
-        return process_limiters[0]
-    if process_limiters or parse_switch(given(None, "REQUIRED", False), "required"):
-        raise NoCurrentLimiter(len(process_limiters))
+    candidates = entered_limiters or installed_limiters
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates or parse_switch(given(None, "REQUIRED", False), "required"):
+        raise NoCurrentLimiter(len(candidates))
     global _warned_of_nobody
     if not _warned_of_nobody:
         _warned_of_nobody = True

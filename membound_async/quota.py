@@ -29,15 +29,13 @@ from fractions import Fraction
 from itertools import islice
 
 from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
-from .waiters import READY, Kind, Queue, Request, State, Waiters, rank_of
+from .fastpath import NO_LIMIT, AccountState, LedgerState
+from .waiters import READY, Kind, Request, State, Waiters, rank_of
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
-NO_LIMIT = 1 << 63
-"""The firm limit of an account that has none."""
 
-
-class Account:
+class Account(AccountState):
     """What one component has of the limit. Read it; only its ledger writes it.
 
     Attributes:
@@ -55,20 +53,7 @@ class Account:
         queue: who waits; None if nobody does.
     """
 
-    __slots__ = (
-        "admissions",
-        "entries",
-        "excess",
-        "firm_limit",
-        "granted",
-        "live",
-        "minimum",
-        "name",
-        "peak",
-        "queue",
-        "refusals",
-        "reserved",
-    )
+    __slots__ = ("entries", "minimum", "name", "refusals")
 
     def __init__(self, name: str, minimum: int, firm_limit: int) -> None:
         self.name = name
@@ -82,10 +67,10 @@ class Account:
         self.entries = 0
         self.admissions = 0
         self.refusals = 0
-        self.queue: Queue | None = None
+        self.queue = None
 
 
-class Ledger:
+class Ledger(LedgerState):
     """Decides about every request, and remembers who has what. Pure: no clock, no I/O.
 
     Whatever can let waiters in returns the requests it has settled, in order: each is
@@ -124,7 +109,7 @@ class Ledger:
         self.measured = baseline
         self.free = limit - baseline
         self.moved = 0
-        self.look_at = 1 << 63
+        self.look_at = NO_LIMIT
         self.waiters = Waiters()
         self.accounts: dict[str, Account] = {}
         self._p, self._q = share.numerator, share.denominator
@@ -244,7 +229,7 @@ class Ledger:
                 return False
             self.waiters.passed_bytes += draw
             excess = (granted if granted > account.live else account.live) - account.reserved
-            self.free = free = free + held - excess
+            self.free = free = free + held - (excess if excess > 0 else 0)
             if free < self._lowest_free:
                 self._lowest_free = free
             if self.waiters.count:

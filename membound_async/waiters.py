@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
+from .fastpath import WaitersState
+
 if TYPE_CHECKING:
     from .quota import Account
 
@@ -150,7 +152,7 @@ class Queue:
         yield from self.requests
 
 
-class Waiters:
+class Waiters(WaitersState):
     """All requests that wait, in order. O(log K) per change for K accounts that have any.
 
     Heaps hold entries that are out of date until they come to the top; they are rebuilt

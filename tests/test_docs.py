@@ -3,7 +3,8 @@
 Blocks of one page run in their order and share their names. What they may be:
 
 - ``python``: executed; with ``await`` at top level on an event loop in virtual time. One
-  that begins with a comment ``# name.py`` is written to that file for a later command.
+  that begins with a comment ``# name.py`` is written to that file for a later command;
+  after ``# name.py, changed`` it takes the place of what it defines anew there.
 - ``console``: what follows ``$`` is run by a shell in an empty directory, where ``python``
   and ``membound`` are those of the tests. Commands that install something, and those after
   ``<!-- ci:... -->``, which .ci/run follows, are compared with pyproject.toml instead.
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -42,14 +43,15 @@ import aiokafka
 import anyio.lowlevel
 import httpx
 import pytest
-import structlog
 
 import membound_async
 from membound_async.cli import _parser
-from membound_async.context import process_limiters
+from membound_async.context import installed_limiters
 from membound_async.pressure import PressurePolicy
+from membound_async.quota import Ledger
 from membound_async.settings import LimiterSettings
-from membound_async.testing import VirtualTimeLoop
+from membound_async.stalls import describe_stall
+from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(membound_async.__file__).parent
@@ -77,7 +79,7 @@ class Block:
     @property
     def file_name(self) -> str | None:
         """The file that it is, if it is one."""
-        match = re.match(r"# (\w+\.py)\n", self.text)
+        match = re.match(r"# (\w+\.py)(, changed)?\n", self.text)
         return match[1] if match and self.language == "python" else None
 
 
@@ -128,7 +130,7 @@ def test_every_kind_of_block_is_known():
 
 def test_every_mark_is_known():
     marks = {mark for path in PAGES for mark in MARK.findall(path.read_text(encoding="utf-8"))}
-    assert marks <= {"fails", "numbers vary", "ci:main", "ci:test"}
+    assert marks <= {"fails", "numbers vary", "ci:main", "ci:test", "figures"}
 
 
 # --- what they print
@@ -144,13 +146,32 @@ def like(printed: str, shown: str, *, numbers_vary: bool) -> bool:
 
     def plain(text: str) -> list[str]:
         lines = [line.rstrip() for line in text.rstrip().split("\n")]
-        if numbers_vary:
-            lines = [re.sub(r"-{3,}", "---", NUMBER.sub("#", line)) for line in lines]
-            lines = [re.sub(r" +", " ", line) for line in lines]
-        return lines
+        return without_numbers(lines) if numbers_vary else lines
 
     pattern = "".join(map(pattern_of, plain(shown)))
     return re.fullmatch(pattern, "\n".join(plain(printed)) + "\n") is not None
+
+
+def without_numbers(lines: list[str]) -> list[str]:
+    """Leave of a text what is the same each time.
+
+    Of the report of ``membound run``: its words, however they are broken in lines, but not
+    which columns its table has, and not whether the machine was short of memory.
+    """
+    plain: list[str] = []
+    in_table = False
+    for line in lines:
+        in_table |= line.startswith("component ")
+        text = " ".join(NUMBER.sub("#", line).split())
+        if line.startswith("stalled ") or set(line) == {"-"}:
+            continue
+        if in_table:
+            plain.append(text.partition(" ")[0])
+        elif line.startswith("  ") and plain:
+            plain[-1] += f" {text}"
+        else:
+            plain.append(text)
+    return plain
 
 
 def check_output(place: str, printed: str, shown: str | None, marks: set[str]) -> None:
@@ -171,8 +192,10 @@ def check_output(place: str, printed: str, shown: str | None, marks: set[str]) -
         ("a\nb\n", "...\n", False, True),
         ("a 12.5 MiB in 3 s\n", "a 7 KiB in 300 ms\n", True, True),
         ("a 12.5 MiB in 3 s\n", "a 7 KiB in 300 ms\n", False, False),
-        ("name       1 024\n-----------\n", "name 8\n----\n", True, True),
-        ("a 1 b\n", "a 1 c\n", True, False),
+        ("a 1 b\n", "a 2 c\n", True, False),
+        ("limit 1 KiB of\n  them\nstalled 3 s\n", "limit 20 MiB\n  of them\n", True, True),
+        ("component  a\n-----\nb  3\n", "component  a  c\n--------\nb  1  2\n", True, True),
+        ("component  a\n-----\nb  3\n", "component  a\n-----\nc  3\n", True, False),
     ],
 )
 def test_compares_output_with_what_is_shown(printed, shown, numbers_vary, alike):
@@ -206,9 +229,7 @@ class Reader:
     def run(self, block: Block) -> None:
         place = f"{name_of(self.page)}:{block.line}"
         if block.file_name is not None:
-            assert block.file_name not in self.unused_files, f"{place}: the last one was not run"
-            (self.directory / block.file_name).write_text(block.text)
-            self.unused_files.add(block.file_name)
+            self.write(self.directory / block.file_name, block.text)
         elif block.language == "python":
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -225,8 +246,23 @@ class Reader:
                     )
                     check_output(f"{place}: {command}", printed_text, shown, block.marks)
 
+    def write(self, path: Path, text: str) -> None:
+        """Write a file, or what has changed in it."""
+        if text.startswith(f"# {path.name}, changed"):
+            text = changed(path.read_text(), text)
+        path.write_text(text)
+        self.unused_files.add(path.name)
+
+    def note_use(self, modules: list[str]) -> None:
+        """Note that these modules were run or imported, and so what they import."""
+        for name in modules:
+            if f"{name}.py" in self.unused_files:
+                self.unused_files.remove(f"{name}.py")
+                self.note_use(imports_of((self.directory / f"{name}.py").read_text()))
+
     def execute(self, block: Block) -> None:
         """Execute a block; lines in its tracebacks are lines of the page."""
+        self.note_use(imports_of(block.text))
         source = "\n" * (block.line - 1) + block.text
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         code: CodeType = compile(source, str(self.page), "exec", flags, dont_inherit=True)
@@ -236,8 +272,7 @@ class Reader:
 
     def shell(self, command: str) -> tuple[str, int]:
         """Run a command; give what it prints, and its exit status."""
-        self.unused_files -= set(re.findall(r"\w+\.py", command))
-        self.unused_files -= {f"{name}.py" for name in re.findall(r"(\w+):\w+", command)}
+        self.note_use(re.findall(r"(\w+)(?:\.py|:\w+)", command))
         environment = {
             **os.environ,
             "PATH": f"{self.commands}{os.pathsep}{os.environ['PATH']}",
@@ -255,6 +290,46 @@ class Reader:
             check=False,
         )
         return ended.stdout, ended.returncode
+
+
+def imports_of(program: str) -> list[str]:
+    return re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE)
+
+
+def changed(before: str, change: str) -> str:
+    """Give a program in which everything that ``change`` defines has been replaced."""
+    statements = {names_in(statement): statement for statement in ast.parse(before).body}
+    first = next(name for name in statements if not name.startswith("import"))
+    for statement in ast.parse(change).body:
+        name = names_in(statement)
+        if name not in statements:  # before what there is, which may need it
+            places = [*statements.items()]
+            place = next(at for at, (known, _) in enumerate(places) if known == first)
+            statements = dict([*places[:place], (name, statement), *places[place:]])
+        statements[name] = statement
+    return ast.unparse(ast.Module([*statements.values()], []))
+
+
+def names_in(statement: ast.stmt) -> str:
+    """Give what a statement defines; all that only run are one, the program's start."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+        case ast.Import(names=names):
+            return "import " + ", ".join(alias.name for alias in names)
+        case ast.ImportFrom(module=module):
+            return f"import from {module}"
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name
+        case _:
+            return "start"
+
+
+def test_replaces_what_has_changed_in_a_program():
+    before = "import a\nfrom b import c\nx = 1\ndef f():\n    return 1\nf()\n"
+    change = "from b import d\ny = 2\ndef f():\n    return y\nif x:\n    f()\n"
+    after = "import a\nfrom b import d\ny = 2\nx = 1\n\ndef f():\n    return y\nif x:\n    f()"
+    assert changed(before, change) == after
 
 
 def commands_of(block: Block) -> Iterator[tuple[str, str | None]]:
@@ -281,30 +356,38 @@ def check_set_up(command: str) -> None:
             assert (ROOT / word).is_file()
 
 
-@pytest.fixture
-def directory(tmp_path, monkeypatch) -> Iterator[Path]:
-    """Give the directory in which a page is done, and undo what that did to the process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for path in tmp_path.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-    sys.modules.pop("page", None)
-    structlog.reset_defaults()
-    for limiter in [*process_limiters]:
-        limiter.uninstall()
-    gc.collect()  # a grant that a page has leaked is an error here, not in another test
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_page_does_what_it_says(page, directory):
-    machine = MACHINES.get(name_of(page), contextlib.nullcontext)
-    reader = Reader(page, directory)
+def test_page_does_what_it_says(page, tmp_path):
+    """Each page is a process of its own: its limits count what that uses, and only that."""
+    if blocks_of(page):
+        ended = subprocess.run(
+            [sys.executable, "-W", "error", __file__, page],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stdout
+        assert ended.stdout == ""
+
+
+def read(page: Path) -> None:
+    """Do what a page says in the current directory."""
+    faults: list[object] = []
+    sys.unraisablehook = lambda raised: faults.append(raised.exc_value)  # from finalisers
+    sys.path[0] = os.getcwd()
+    reader = Reader(page, Path.cwd())
     sys.modules["page"] = reader.module
-    with machine(), reader.runner:
+    with MACHINES.get(name_of(page), contextlib.nullcontext)(), reader.runner:
         for block in blocks_of(page):
             reader.run(block)
     assert reader.unused_files == set()
+    gc.collect()
+    assert faults == []
 
 
 # --- machines that are not there
@@ -410,3 +493,152 @@ MACHINES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "docs/howto/http-download.md": web_server,
 }
 """What a page needs besides this machine."""
+
+
+# --- nothing is left out
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """Give the cells of all tables of a page, without their heads."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in (DOCS / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    rules = [place for place, row in enumerate(rows) if set(row[0]) == {"-"}]
+    return [row for place, row in enumerate(rows) if not {place, place + 1} & {*rules}]
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`(.*?)`", text)
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_setting_is_in_the_table():
+    rows = {quoted(row[0])[0]: row for row in table_rows("reference/settings.md")}
+    knobs = [
+        (knob.name, getattr(settings, knob.name))
+        for settings in (LimiterSettings(), PressurePolicy())
+        for knob in fields(settings)
+        if knob.name != "pressure"
+    ]
+    for name, default in knobs:
+        row = rows[f"MEMBOUND_{name.upper()}"]
+        assert (quoted(row[1]), row[2]) == ([name], str(default))
+    assert set(rows) == {f"MEMBOUND_{name.upper()}" for name, _ in knobs} | variables_in_sources()
+
+
+def variables_in_sources() -> set[str]:
+    """Give the variables that the package reads by their names."""
+    found: set[str] = set()
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id="given"), args=[_, ast.Constant(value=name), _]):
+                    found.add(f"MEMBOUND_{name}")
+                case ast.Constant(value=str(text)):
+                    found |= set(re.findall(r"MEMBOUND_[A-Z]+(?:_[A-Z]+)*|WEB_CONCURRENCY", text))
+    return found
+
+
+def test_a_variable_in_the_table_does_what_it_says(monkeypatch):
+    for name, value in (("MEMBOUND_SHARE", "3/4"), ("MEMBOUND_SLOP_FACTOR", "0.5")):
+        monkeypatch.setenv(name, value)
+    limiter = membound_async.MemoryLimiter("1GiB", baseline=0, probe=ScriptedProbe(0))
+    most = limiter.limit.effective_bytes * 3 // 4
+    assert limiter.limit.effective_bytes == 2**29
+    with limiter.grant_nowait(most), pytest.raises(membound_async.GrantTooLarge):
+        limiter.grant_nowait(most + 1)
+
+
+def test_every_event_is_in_the_table():
+    rows = table_rows("reference/events.md")
+    told = {quoted(row[0])[0]: (row[1], set(quoted(row[2]))) for row in rows}
+    assert told == events_in_sources()
+
+
+def events_in_sources() -> dict[str, tuple[str, set[str]]]:
+    """Give the level and the keys of everything that the package logs."""
+    found: dict[str, tuple[str, set[str]]] = {}
+    names: set[str] = set()
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Call(func=ast.Name(id="log")), attr=level),
+                    args=[ast.Constant(value=str(event))],
+                    keywords=keywords,
+                ):
+                    keys = {keyword.arg for keyword in keywords if keyword.arg is not None}
+                    if len(keys) < len(keywords):  # **report
+                        keys |= describe_stall(Ledger(1), [], 0.0).keys()
+                    found[event] = (level, keys)
+                case ast.Constant(value=str(text)) if re.fullmatch(r"membound\.[a-z_]+", text):
+                    names.add(text)
+    assert names == set(found)
+    return found
+
+
+def test_every_option_of_the_command_line_is_described():
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## membound (\S+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    commands = next(
+        action.choices for action in _parser()._actions if isinstance(action.choices, dict)
+    )
+    assert set(commands) == {name for name in sections if not name.startswith("-")}
+    for command, parser in commands.items():
+        described = set(re.findall(r"`(--[a-z-]+)", sections[command]))
+        known = {text for action in parser._actions for text in action.option_strings}
+        assert described == {text for text in known if text.startswith("--")} - {"--help"}
+
+
+def test_every_public_module_and_name_is_in_the_reference():
+    pages = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    documented = set(re.findall(r"^\.\. automodule:: (\S+)", pages, re.M))
+    documented |= set(re.findall(r"^\.\. auto(?:function|class):: (\S+)", pages, re.M))
+    for name in membound_async.__all__:
+        module = getattr(membound_async, name).__module__
+        places = {module, module.rpartition(".")[0], f"{module}.{name}"}
+        assert places & documented, name
+
+
+def test_the_delays_in_the_table_are_those_of_the_policy():
+    rows = [row for row in table_rows("topics/quota.md") if row[0].endswith("%")]
+    policy = PressurePolicy()
+    delays = {row[0]: row[1] for row in rows}
+    assert delays.pop("up to 95 %") == "none"
+    assert policy.delay_seconds(95_000, 100_000) == 0.0
+    for measured, delay in delays.items():
+        percent = float(measured.split()[0])
+        seconds = policy.delay_seconds(int(percent * 1000), 100_000)
+        assert f"{seconds * 1000:g} ms" == delay
+    assert policy.delay_seconds(100_000, 100_000) == 0.025
+
+
+def test_the_defaults_of_kafka_are_those_of_the_client():
+    parameters = inspect.signature(REAL_CONSUMER).parameters
+    rows = {quoted(row[0])[0]: row[1] for row in table_rows("howto/kafka.md")}
+    assert {name: parameters[name].default for name in rows} == {
+        name: int(default.split()[0]) * 2**20 for name, default in rows.items()
+    }
+
+
+def test_the_set_up_of_a_fresh_machine_is_two_commands():
+    marked = {
+        mark: block
+        for block in blocks_of(ROOT / "README.md")
+        for mark in block.marks
+        if mark.startswith("ci:")
+    }
+    assert set(marked) == {"ci:main", "ci:test"}
+    for block in marked.values():
+        assert block.language == "console"
+        assert len([*commands_of(block)]) == 1
+
+
+if __name__ == "__main__":
+    read(Path(sys.argv[1]))

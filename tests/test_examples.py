@@ -89,8 +89,8 @@ def test_finds_out_what_it_is_given(
 ):
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", block_bytes)
     path = tmp_path / f"whatever{suffix}"
-    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    path.write_bytes(compress(text))
+    compressed = {"": text, ".gz": gzip.compress(text), ".zst": zstandard.compress(text)}
+    path.write_bytes(compressed[suffix])
     assert run(path, output=output) == records
 
 
@@ -127,6 +127,7 @@ def test_reads_access_logs(tmp_path, output):
         ("csv", CSV + b"one,two\n\nUA,1,2,3\nUA,1,2\n", 3, 2),
         ("log", COMMON + b"nonsense\n" + COMMON.replace(b"10/Oct", b"32/Oct") + COMBINED, 2, 2),
     ],
+    ids=["ndjson", "csv", "log"],
 )
 def test_counts_what_makes_no_sense(tmp_path, capsys, name, text, records, rejected):
     path = tmp_path / "input"
@@ -155,7 +156,7 @@ def test_a_record_without_end_is_refused(monkeypatch, quoted):
 
 
 def test_standard_input_is_passed_on_as_it_comes():
-    command = [sys.executable, EXAMPLES / "log_pipeline.py", "-", "--report=json", "--rate=0"]
+    command = [sys.executable, str(EXAMPLES / "log_pipeline.py"), "-", "--report=json", "--rate=0"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None

@@ -286,9 +286,11 @@ async def test_lookup_the_only_one_of_the_process() -> None:
     async with first:
         assert elsewhere.run(membound_async.current_limiter) is first
         second.install()
-        with pytest.raises(NoCurrentLimiter, match="2 limiters"):
-            elsewhere.run(membound_async.current_limiter)
-        assert membound_async.current_limiter() is first
+        assert elsewhere.run(membound_async.current_limiter) is first
+        async with second:
+            with pytest.raises(NoCurrentLimiter, match="2 limiters"):
+                elsewhere.run(membound_async.current_limiter)
+            assert membound_async.current_limiter() is second
     assert elsewhere.run(membound_async.current_limiter) is second
     second.uninstall()
     second.uninstall()

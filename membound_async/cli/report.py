@@ -118,8 +118,8 @@ class Report:
             waits = _count(numbers.would_wait, "0")
             seconds = _duration(numbers.would_wait_seconds, "0 s")
             refusals = _count(numbers.would_refuse, "0")
-            would = f"{waits} requests would have waited, {seconds} in all"
-            yield "observed", f"nobody was held up; {would}, and {refusals} been refused"
+            would = f"{waits} requests would have waited ({seconds} in all)"
+            yield "observed", f"nobody was held up; {would}, {refusals} would have been refused"
         if numbers.probe_failures:
             yield "failed", f"{_count(numbers.probe_failures)} readings of memory"
         if numbers.grants:

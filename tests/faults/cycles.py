@@ -70,7 +70,7 @@ async def run(cycles: int, limit: int, document_bytes: int, as_json: bool) -> di
     throughputs: list[float] = []
     cache: deque[Any] = deque(maxlen=DOCUMENTS * document.count(b"{") // REMEMBERED_EACH)
     async with MemoryLimiter(limit) as limiter, limiter.component("decode") as decode:
-        before = limiter.statistics()
+        before = now = limiter.statistics()
         for cycle in range(cycles):
             begun = time.perf_counter()
             await load(decode, document, cache)

@@ -1,7 +1,7 @@
 """When memory truly runs out: the example dies bare and finishes bounded, every time.
 
-Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times. The memory cgroup
-of 256 MiB and the limit of the data segment are real ones, so is the OOM killer.
+Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times. The
+memory cgroup of 256 MiB and the limit of the data segment are real ones, so is the OOM killer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from tests.cgroups import MemoryCgroup, memory_cgroup, why_not
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = ROOT / "examples" / "data"
-LIMIT_BYTES = 256 * 1024 * 1024
+MIB = 1024 * 1024
+LIMIT_BYTES = 256 * MIB
 PIPELINE = [
-    ROOT / "examples" / "log_pipeline.py",
-    DATA / "flights.csv.gz",
+    str(ROOT / "examples" / "log_pipeline.py"),
+    str(DATA / "flights.csv.gz"),
     f"--join=carrier={DATA / 'airlines.csv'}",
     f"--join=dest={DATA / 'airports.csv'}",
     "--report=json",
@@ -49,9 +50,9 @@ def expected() -> dict[str, Any]:
     done = subprocess.run(
         [*BARE, *PIPELINE, "--one-by-one"], capture_output=True, text=True, check=True
     )
-    (last,) = lines(done.stdout)
-    assert last["records"] == RECORDS
-    return last
+    (expected,) = lines(done.stdout)
+    assert expected["records"] == RECORDS
+    return expected
 
 
 def assert_all_arrived(done: subprocess.CompletedProcess[str], expected: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def assert_all_arrived(done: subprocess.CompletedProcess[str], expected: dict[st
         assert last[name] == expected[name], name
 
 
-def limiter_statistics(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def limiter_statistics(done: subprocess.CompletedProcess[str]) -> Any:
     report = json.loads(done.stderr.splitlines()[-1])
     assert report["exit_code"] == 0
     return report["limiter"]
@@ -91,11 +92,11 @@ def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run):
     numbers = limiter_statistics(done)
     assert numbers["limit_bytes"] == LIMIT_BYTES
     assert f"cgroup v{cgroup.version}" in numbers["limit_source"]
-    # It was a near thing: memory was used up to what the quota allows, and somebody waited.
-    waits = {part["path"]: part["total_wait_seconds"] for part in numbers["components"]}
-    assert waits["write"] > 1
-    assert 0.4 < numbers["peak_measured_bytes"] / LIMIT_BYTES < 1
+    assert numbers["peak_measured_bytes"] < LIMIT_BYTES
     assert numbers["grants"] == numbers["waiting"] == numbers["committed_bytes"] == 0
+    # While the sink stalled, records piled up before it, as far as the quota lets them.
+    peaks = {part["path"]: part["peak_granted_bytes"] for part in numbers["components"]}
+    assert 30 * MIB < peaks["write"] < LIMIT_BYTES / 2
 
 
 def run_under_data_limit(*argv: Any) -> subprocess.CompletedProcess[str]:
@@ -127,7 +128,7 @@ def test_bounded_every_record_arrives_under_a_limit_of_the_data_segment(expected
 @pytest.mark.skipif(sys.platform != "linux", reason="survive.py needs Linux")
 @pytest.mark.slow
 def test_the_example_shows_both():
-    survive = [*BARE, ROOT / "examples" / "survive.py"]
+    survive = [*BARE, str(ROOT / "examples" / "survive.py")]
     done = subprocess.run(survive, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     assert "200,000 of 200,000" in done.stdout
@@ -135,7 +136,7 @@ def test_the_example_shows_both():
 
 def test_load_and_rest_do_not_pin_the_quota():
     """What the allocator keeps of a load is not taken for somebody else's memory."""
-    cycles = ROOT / "tests" / "faults" / "cycles.py"
+    cycles = str(ROOT / "tests" / "faults" / "cycles.py")
     done = subprocess.run(
         [*BARE, cycles, "--cycles=3", "--limit=128MiB", "--document=512KiB", "--report=json"],
         capture_output=True,

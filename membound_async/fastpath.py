@@ -1,0 +1,212 @@
+"""The fast path of a grant: nobody ahead, no pressure, and room.
+
+Classes here are the parts of the account, the waiters, the ledger, the limiter and the grant
+that the fast path touches. ``_fast.c`` says the same in C, and is used where it was built: it
+makes an uncontended ``async with component.grant(n)`` several times as fast and changes
+nothing else. ``MEMBOUND_EXTENSION=no`` leaves it out, ``MEMBOUND_EXTENSION=yes`` insists on it.
+
+The C path takes no lock. So whoever changes any of this in Python does it with the limiter's
+lock taken, which tells the C path to stay away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from weakref import ref
+
+from .sizes import MAX_BYTES, parse_size
+
+if TYPE_CHECKING:
+    from .component import Component
+    from .grant import MemoryGrant
+    from .quota import Account, Ledger
+    from .waiters import Queue
+
+__all__ = [
+    "EXTENSION",
+    "AccountState",
+    "GrantState",
+    "Holders",
+    "LedgerState",
+    "LimiterState",
+    "WaitersState",
+]
+
+_running_loop = asyncio._get_running_loop
+
+NEW, ASKED, HELD, ALONE, RELEASED = range(5)
+"""The life of a grant; ``ALONE`` is held, with the pool to itself."""
+
+NO_LIMIT = (1 << 63) - 1
+"""A number of bytes that nothing reaches: the largest that the C path knows."""
+
+
+class Holders:
+    """The grants that are held, for reports; it keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._references: set[ref[MemoryGrant]] = set()
+
+    def add(self, grant: MemoryGrant) -> None:
+        """Note that a grant is held."""
+        self._references.add(ref(grant))
+
+    def discard(self, grant: MemoryGrant) -> None:
+        """Note that it is not held any more."""
+        self._references.discard(ref(grant))
+
+    def snapshot(self) -> list[MemoryGrant]:
+        """Give those that are held now."""
+        found = [reference() for reference in list(self._references)]
+        return [grant for grant in found if grant is not None]
+
+
+class AccountState:
+    """What an account has; see ``quota.Account``."""
+
+    __slots__ = (
+        "admissions",
+        "excess",
+        "firm_limit",
+        "granted",
+        "live",
+        "peak",
+        "queue",
+        "reserved",
+    )
+    admissions: int
+    excess: int
+    firm_limit: int
+    granted: int
+    live: int
+    peak: int
+    queue: Queue | None
+    reserved: int
+
+
+class WaitersState:
+    """How many wait; see ``waiters.Waiters``."""
+
+    count: int
+
+
+class LedgerState:
+    """What is free, and the share of it that one account may have; see ``quota.Ledger``."""
+
+    free: int
+    moved: int
+    look_at: int
+    _lowest_free: int
+    _closed: bool
+    _p: int
+    _q: int
+
+
+class LimiterState:
+    """What the fast path asks of a limiter; see ``limiter.MemoryLimiter``."""
+
+    _lock: threading.Lock
+    _ledger: Ledger
+    _grants: Holders
+    _loop_token: object
+    _now: Callable[[], float]
+    _calm_until: float
+
+    if TYPE_CHECKING:  # what MemoryLimiter has
+
+        def _admit(self, account: Account, nbytes: int) -> bool: ...
+
+
+class GrantState:
+    """What a grant holds, and how it gets and gives back that; see ``grant.MemoryGrant``."""
+
+    __slots__ = ("__weakref__", "_component", "_options", "_since", "_size", "_state", "_wanted")
+    _component: Component
+    _options: tuple[int | None, float | None, bool] | None
+    _since: float
+    _size: int
+    _state: int
+    _wanted: int
+
+    def __init__(
+        self,
+        component: Component,
+        nbytes: int | str,
+        options: tuple[int | None, float | None, bool] | None = None,
+    ) -> None:
+        self._state = NEW  # first, for the finaliser of one that is refused here
+        self._component = component
+        if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
+            nbytes = parse_size(nbytes, "nbytes")
+        self._wanted = nbytes
+        self._options = options
+        self._size = 0
+
+    async def __aenter__(self) -> Self:
+        # Everything that is not the fast path is in _acquire.
+        component = self._component
+        limiter = component._limiter
+        if (
+            self._state == NEW
+            and self._options is None
+            and limiter is not None
+            and _running_loop() is limiter._loop_token
+        ):
+            now = limiter._now()
+            if now < limiter._calm_until and limiter._admit(component._account, self._wanted):
+                self._since = now
+                self._size = self._wanted
+                self._state = HELD
+                limiter._grants.add(self)
+                return self
+        return await self._acquire()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self.__aenter__().__await__()
+
+    def __del__(self) -> None:
+        if self._state == HELD or self._state == ALONE:
+            self._component._limiter._grants.discard(self)
+            self._lost()
+
+    if TYPE_CHECKING:  # what MemoryGrant has
+
+        async def _acquire(self) -> Self: ...
+
+        def _release(self) -> None: ...
+
+        def _lost(self) -> None: ...
+
+
+EXTENSION = False
+"""Whether the fast path is the one in C."""
+
+_asked = os.environ.get("MEMBOUND_EXTENSION", "").strip().lower()
+if not TYPE_CHECKING and _asked != "no":
+    try:
+        from ._fast import (
+            AccountState,
+            GrantState,
+            Holders,
+            LedgerState,
+            LimiterState,
+            WaitersState,
+        )
+
+        EXTENSION = True
+    except ImportError:
+        if _asked == "yes":
+            raise

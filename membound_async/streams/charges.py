@@ -1,0 +1,59 @@
+"""What streams and iterators hold for the items that are theirs just now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from membound_async.fastpath import ALONE
+from membound_async.grant import MemoryGrant
+from membound_async.sizes import MAX_BYTES, parse_size
+
+if TYPE_CHECKING:
+    from membound_async.component import Component
+
+__all__ = ["Charge", "check_count", "measure"]
+
+
+class Charge(MemoryGrant):
+    """A grant that an iterator or a stream holds: dropped with it, it goes without a word."""
+
+    __slots__ = ()
+
+    def belongs_to(self, component: Component) -> bool:
+        """Whether it is held for that component."""
+        mine: bool = self._component._account is component._resolve()._account
+        return mine
+
+    def _lost(self) -> None:
+        component = self._component
+        limiter = component._limiter
+        # This may be running in the midst of the limiter, in the thread that has its lock.
+        if limiter._lock.acquire(blocking=False):
+            limiter._lock.release()
+            MemoryGrant._release(self)
+        else:
+            limiter._abandon(component._account, self._size, self._state == ALONE)
+
+
+def measure(size: Callable[[Any], int], item: object) -> int:
+    """Give the bytes of an item.
+
+    Raises:
+        TypeError, ValueError: what ``size`` gives is no number of bytes.
+    """
+    nbytes = size(item)
+    if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
+        nbytes = parse_size(nbytes, "size(item)")
+    return nbytes
+
+
+def check_count(value: float, name: str) -> None:
+    """Check a highest number of items, which may be ``math.inf``.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if value != math.inf and (type(value) is not int or value < 1):
+        raise ValueError(f"{name}={value!r} must be a whole number of items, 1 or more")

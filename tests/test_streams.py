@@ -1,0 +1,830 @@
+"""Streams: what passes is charged while anybody has it, and a cancellation loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import sys
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import pytest
+from structlog.testing import capture_logs
+
+from membound_async import (
+    Component,
+    GrantTooLarge,
+    MemoryLimiter,
+    NoCurrentLimiter,
+    UnknownComponent,
+    current_component,
+    testing,
+)
+from membound_async import limiter as limiter_module
+from membound_async.streams import (
+    Batches,
+    MemoryReceiveStream,
+    MemorySendStream,
+    bounded,
+    create_memory_stream,
+)
+
+T = TypeVar("T")
+
+KIB = 1024
+
+
+def granted(*components: Component) -> int:
+    """Give what these components are charged for now."""
+    return sum(component._account.granted for component in components)
+
+
+async def ask_and_cancel(items: AsyncIterator[object], after_steps: int = 5) -> None:
+    """Wait for the next item so many steps, and give up."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anext, items)  # type: ignore[arg-type]
+        await steps(after_steps)
+        tasks.cancel_scope.cancel()
+
+
+async def steps(count: int) -> None:
+    """Let everybody else take so many steps."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
+class Source(AsyncIterator[T]):
+    """Gives what it is fed, at once or when it comes; survives a cancellation.
+
+    Attributes:
+        reads: how often it was asked.
+        cancelled: how often that was cancelled.
+        closed: how often it was closed.
+        contexts: the components in whose blocks it was asked.
+    """
+
+    def __init__(self, *items: T | Exception, end: bool = True) -> None:
+        self._items: list[T | Exception] = [*items]
+        self._end = end
+        self._more = anyio.Event()
+        self.reads = self.cancelled = self.closed = 0
+        self.contexts: list[Component | None] = []
+
+    def feed(self, *items: T | Exception, end: bool = False) -> None:
+        self._items += items
+        self._end = end
+        self._more.set()
+        self._more = anyio.Event()
+
+    async def __anext__(self) -> T:
+        self.reads += 1
+        self.contexts.append(current_component())
+        while not self._items and not self._end:
+            try:
+                await self._more.wait()
+            except BaseException:
+                self.cancelled += 1
+                raise
+        if not self._items:
+            raise StopAsyncIteration
+        item = self._items.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.closed += 1
+
+
+class Late(Source[T]):
+    """Takes two steps to give anything."""
+
+    async def __anext__(self) -> T:
+        await steps(2)
+        return await super().__anext__()
+
+
+# --- bounded
+
+
+async def test_bounded_holds_one_item_until_the_next_is_asked_for() -> None:
+    limiter = testing.limiter(100_000)
+    a = limiter.component("a")
+    text = "text"
+    items = bounded(
+        Source[object](bytes(300), bytearray(20), b"", memoryview(bytes(64)), text), component=a
+    )
+    held = []
+    async for _ in items:
+        held.append(granted(a))
+        assert a.statistics().grants == 1
+    assert held == [300, 20, 0, 64, sys.getsizeof(text)]
+    assert granted(a) == 0
+    assert limiter.statistics().grants == 0
+
+
+async def test_bounded_gives_back_before_it_reads() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source(bytes(400), end=False)
+    items = bounded(source, component=a)
+    assert len(await anext(items)) == 400
+    async with anyio.create_task_group() as tasks:
+
+        async def read_on() -> None:
+            assert len(await anext(items)) == 450
+
+        tasks.start_soon(read_on)
+        await steps(3)
+        assert granted(a) == 0
+        source.feed(bytes(450))
+    assert granted(a) == 450
+    await items.aclose()
+    assert granted(a) == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 100])
+async def test_bounded_gives_back_when_the_source_raises(ahead: int) -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    items = bounded(Source[bytes](b"x" * 10, OSError("gone"), b"yz"), ahead=ahead, component=a)
+    assert await anext(items) == b"x" * 10
+    with pytest.raises(OSError, match="gone"):
+        await anext(items)
+    assert granted(a) == 0
+    assert await anext(items) == b"yz"  # this source goes on after an error
+    assert granted(a) == 2
+    with pytest.raises(StopAsyncIteration):
+        await anext(items)
+    assert limiter.statistics().grants == 0
+
+
+async def test_bounded_closes_its_source() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source(b"abc", b"def")
+    async with bounded(source, component=a) as items:
+        assert await anext(items) == b"abc"
+        assert granted(a) == 3
+    assert source.closed == 1
+    assert granted(a) == 0
+    with pytest.raises(StopAsyncIteration):
+        await anext(items)
+    await items.aclose()
+    assert source.closed == 2
+
+    class Response:
+        """An iterable that is not its own iterator."""
+
+        closed = 0
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            try:
+                yield b"abc"
+                yield b"def"  # pragma: no cover
+            finally:
+                self.closed += 10
+
+        async def aclose(self) -> None:
+            self.closed += 1
+
+    response = Response()
+    async with bounded(response, component=a) as items:
+        assert await anext(items) == b"abc"
+    assert response.closed == 11
+
+    class Endless:
+        """One that cannot be closed."""
+
+        def __aiter__(self) -> Endless:
+            return self
+
+        async def __anext__(self) -> bytes:
+            return b"ab"
+
+    async with bounded(Endless(), component=a) as items:
+        assert await anext(items) == b"ab"
+    assert granted(a) == 0
+
+
+async def test_bounded_dropped_after_a_break_goes_without_a_word() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    with capture_logs() as logs:
+        async for _ in bounded(Source(bytes(300), bytes(300)), component=a):
+            assert granted(a) == 300
+            break
+        assert granted(a) == 0
+        cycle: list[Any] = [bounded(Source(bytes(300)), component=a)]
+        cycle.append(cycle)
+        await anext(cycle[0])
+        assert granted(a) == 300
+        del cycle
+        gc.collect()
+        assert granted(a) == 0
+        assert limiter.statistics().grants == 0
+    assert logs == []
+
+
+async def test_dropped_while_the_limiter_is_at_work_it_is_given_back_later() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    items = bounded(Source(bytes(300)), component=a)
+    await anext(items)
+    with limiter._lock, capture_logs():
+        del items  # as the garbage collector may do at any moment
+        assert granted(a) == 300
+    assert limiter.statistics().grants == 0
+    assert granted(a) == 0
+
+
+async def test_bounded_gets_memory_ahead_of_the_read() -> None:
+    limiter = testing.limiter(2000)
+    a = limiter.component("a")
+    seen: list[int] = []
+
+    class Watched(Source[bytes]):
+        async def __anext__(self) -> bytes:
+            seen.append(granted(a))
+            return await super().__anext__()
+
+    held = []
+    source = Watched(bytes(1000), bytes(10), b"", bytes(100))
+    async for _ in bounded(source, ahead=100, component=a):
+        held.append(granted(a))
+    assert seen == [100] * 5
+    assert held == [1000, 10, 0, 100]
+    assert granted(a) == 0
+
+
+async def test_bounded_waits_to_grow_and_keeps_the_item_if_cancelled() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    items = bounded(Source(bytes(400), bytes(1)), ahead=100, component=a)
+    async with b.grant(450):
+        with anyio.move_on_after(0):
+            await anext(items)
+        assert granted(a) in (0, 100)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anext, items)  # type: ignore[arg-type]
+            await steps(5)
+            assert granted(a) == 100
+            assert limiter.statistics().waiting == 1
+            tasks.cancel_scope.cancel()
+        assert limiter.statistics().waiting == 0
+        assert granted(a) == 100  # the item is there, and so is what was paid for it
+    assert len(await anext(items)) == 400
+    assert granted(a) == 400
+    assert len(await anext(items)) == 1
+    await items.aclose()
+
+
+async def test_bounded_leaves_out_what_can_never_be_granted() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    for ahead in (0, 100):
+        items = bounded(Source(bytes(10), bytes(501), bytes(20)), ahead=ahead, component=a)
+        assert len(await anext(items)) == 10
+        with pytest.raises(GrantTooLarge) as caught:
+            await anext(items)
+        assert (caught.value.wanted_bytes, caught.value.most_bytes) == (501, 500)
+        assert granted(a) == 0
+        assert len(await anext(items)) == 20
+        await items.aclose()
+
+
+async def test_bounded_wants_to_know_sizes() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    items = bounded(Source[object]({"a": 1}, bytes(5)), component=a)
+    with pytest.raises(TypeError, match="no size is known for a dict; pass size="):
+        await anext(items)
+    assert granted(a) == 0
+    assert await anext(items) == bytes(5)
+    await items.aclose()
+    for size, error in ((-1, ValueError), (1.5, TypeError), (True, TypeError), (2**53 + 1, ValueError)):
+        items = bounded(Source[object]("x"), size=lambda _, size=size: size, component=a)  # type: ignore[misc]
+        with pytest.raises(error, match=r"size\(item\)"):
+            await anext(items)
+        assert granted(a) == 0
+    with pytest.raises(ValueError, match="ahead=-1"):
+        bounded(Source(b""), ahead=-1)
+    with pytest.raises(TypeError, match="async"):
+        bounded([b""])  # type: ignore[arg-type]
+
+
+async def test_one_task_at_a_time_iterates() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source[bytes](end=False)
+    iterators: list[Any] = [bounded(source, component=a), a.batches(source)]
+    for items in iterators:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anext, items)
+            await steps(3)
+            with pytest.raises(anyio.BusyResourceError):
+                await anext(items)
+            source.feed(b"x", end=True)
+        source.feed(end=False)
+
+
+async def test_bounded_belongs_to_who_makes_it() -> None:
+    outside = bounded(Source(bytes(10)))
+    async with testing.limiter(1000) as limiter:
+        a, b = limiter.component("a"), limiter.component("b")
+        source = Source(bytes(10), bytes(20))
+        async with a:
+            items = bounded(source)
+        async with b:
+            await anext(items)
+            assert (granted(a), granted(b)) == (10, 0)
+            await anext(items)
+        assert source.contexts == [b, b]
+        await items.aclose()
+        named = bounded(Source(bytes(10)), component="a")
+        async with b:
+            await anext(outside)
+            assert granted(b) == 10
+            await anext(named)
+            assert granted(a) == 10
+        await outside.aclose()
+        await named.aclose()
+        with pytest.raises(UnknownComponent, match="'nobody'"):
+            await anext(bounded(Source(b""), component="nobody"))
+        assert current_component() is limiter.root
+
+
+async def test_without_a_limiter_nothing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limiter_module, "_warned_of_nobody", True)
+    items = bounded(Source(bytes(10**9 // 1000), b"x"))
+    assert [len(item) async for item in items] == [1_000_000, 1]
+    a = Component("unattached")
+    batches = a.batches(Source(*[bytes(100)] * 10), max_items=4)
+    assert [len(batch) async for batch in batches] == [4, 4, 2]
+    send, receive = create_memory_stream[bytes]()
+    with send, receive:
+        for _ in range(1000):
+            send.send_nowait(bytes(1000))
+        assert receive.statistics().charged_bytes == 1_000_000
+        assert send.statistics() == receive.statistics()
+    assert receive.statistics().charged_bytes == 0
+    monkeypatch.setenv("MEMBOUND_REQUIRED", "1")
+    with pytest.raises(NoCurrentLimiter):
+        await anext(bounded(Source(b"")))
+
+
+async def test_the_charge_of_a_memory_stream_is_taken_over() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    for other, size, ahead, expected in (
+        (a, None, 0, (300, 0)),
+        (a, len, 50, (300, 0)),
+        (b, None, 0, (0, 300)),
+        (b, lambda item: len(item) // 2, 0, (0, 150)),
+    ):
+        send, receive = create_memory_stream[bytes](component=a)
+        with send:
+            send.send_nowait(bytes(300))
+        async with bounded(receive, size=size, ahead=ahead, component=other) as items:
+            assert len(await anext(items)) == 300
+            assert (granted(a), granted(b)) == expected
+            with pytest.raises(StopAsyncIteration):
+                await anext(items)
+            assert granted(a, b) == 0
+        with pytest.raises(anyio.ClosedResourceError):
+            receive.receive_nowait()
+
+
+# --- batches
+
+
+async def test_batches_are_charged_until_the_next_is_asked_for() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    held, lengths = [], []
+    async for batch in a.batches(Source(*[bytes(100)] * 7), max_items=3):
+        lengths.append(len(batch))
+        held.append(granted(a))
+    assert lengths == [3, 3, 1]
+    assert held == [300, 300, 100]
+    assert granted(a) == 0
+    assert limiter.statistics().grants == 0
+
+
+async def test_a_batch_is_handed_over_rather_than_wait_for_memory() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    lengths = [len(batch) async for batch in a.batches(Source(*[bytes(100)] * 12))]
+    assert lengths == [5, 5, 2]  # half of 1000 bytes
+    async with b.grant(400):
+        lengths = [len(batch) async for batch in a.batches(Source(*[bytes(70)] * 9))]
+        assert lengths == [4, 4, 1]  # half of the 600 that b leaves
+    # An item that no batch has room for makes one of its own.
+    sizes = [10, 20, 490, 480, 30, 0, 0, 500, 0, 1]
+    batches = [
+        [len(item) for item in batch]
+        async for batch in a.batches(Source(*[bytes(size) for size in sizes]))
+    ]
+    assert batches == [[10, 20], [490], [480], [30, 0, 0], [500, 0], [1]]
+    assert granted(a, b) == 0
+
+
+async def test_a_batch_waits_for_the_memory_of_its_first_item() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    batches = a.batches(Source(bytes(400), bytes(50)))
+    async with anyio.create_task_group() as tasks:
+        async with b.grant(450):
+            tasks.start_soon(anext, batches)  # type: ignore[arg-type]
+            await steps(5)
+            assert limiter.statistics().waiting == 1
+            assert granted(a) == 0
+            tasks.cancel_scope.cancel()
+    assert limiter.statistics().waiting == 0
+    assert [len(item) for item in await anext(batches)] == [400, 50]
+    await batches.aclose()
+    assert granted(a) == 0
+
+
+async def test_a_batch_asks_in_steps_and_gives_the_rest_back() -> None:
+    limiter = testing.limiter("64MiB")
+    a = limiter.component("a")
+    async for batch in a.batches(Source(*[bytes(100)] * 10_000)):
+        assert len(batch) == 10_000
+        assert granted(a) == 1_000_000
+    assert a.statistics().admissions < 30  # doubling up to 64 KiB at a time
+    assert a.statistics().peak_granted_bytes < 1_000_000 + 65536
+
+
+@pytest.mark.parametrize("max_seconds", [None, 1.0])
+async def test_what_was_read_before_an_error_comes_first(max_seconds: float | None) -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source[object](
+        bytes(10), bytes(20), OSError("gone"), bytes(30), "x", {}, bytes(501), bytes(40)
+    )
+    size = lambda item: item.nbytes if isinstance(item, memoryview) else len(item) or -1  # noqa: E731
+    batches = a.batches(source, size=size, max_seconds=max_seconds)
+    assert await anext(batches) == [bytes(10), bytes(20)]
+    assert granted(a) == 30
+    with pytest.raises(OSError, match="gone"):
+        await anext(batches)
+    assert granted(a) == 0
+    assert await anext(batches) == [bytes(30), "x"]
+    with pytest.raises(ValueError, match=r"size\(item\)=-1 is negative"):
+        await anext(batches)
+    with pytest.raises(GrantTooLarge) as caught:
+        await anext(batches)
+    assert (caught.value.wanted_bytes, caught.value.most_bytes) == (501, 500)
+    assert await anext(batches) == [bytes(40)]
+    for _ in range(2):
+        with pytest.raises(StopAsyncIteration):
+            await anext(batches)
+    assert granted(a) == 0
+    await batches.aclose()
+    assert source.closed == 1
+
+
+@pytest.mark.parametrize("max_seconds", [None, 1.0])
+async def test_zero_size_items_make_batches(max_seconds: float | None) -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source(b"", b"", bytes(3), b"")
+    batches = a.batches(source, max_items=3, max_seconds=max_seconds)
+    assert await anext(batches) == [b"", b"", bytes(3)]
+    assert granted(a) == 3
+    assert await anext(batches) == [b""]
+    assert a.statistics().grants == 1
+    await batches.aclose()
+    assert granted(a) == 0
+    assert a.statistics().grants == 0
+
+
+def test_batches_check_their_arguments() -> None:
+    a = testing.limiter(1000).component("a")
+    for max_items in (0, -1, 1.5, math.nan, True, "3"):
+        with pytest.raises(ValueError, match="max_items="):
+            a.batches(Source(b""), max_items=max_items)  # type: ignore[arg-type]
+    for max_seconds in (0, -1.0, math.inf, math.nan, True, "3"):
+        with pytest.raises(ValueError, match="max_seconds="):
+            a.batches(Source(b""), max_seconds=max_seconds)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="async"):
+        a.batches([b""])  # type: ignore[arg-type]
+
+
+async def test_batches_dropped_after_a_break_go_without_a_word() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    with capture_logs() as logs:
+        async for _ in a.batches(Source(*[bytes(100)] * 9), max_items=2):
+            assert granted(a) == 200
+            break
+        assert granted(a) == 0
+    assert logs == []
+
+
+async def test_batches_in_observation_are_only_ended_by_their_source() -> None:
+    limiter = testing.limiter(1000, observe=True)
+    a = limiter.component("a")
+    lengths = [len(batch) async for batch in a.batches(Source(*[bytes(100)] * 30))]
+    assert lengths == [30]
+    assert a.statistics().would_refuse > 0
+    assert granted(a) == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_batch_is_held_open_no_longer_than_max_seconds() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    source = Source[bytes](end=False)
+    batches = a.batches(source, max_seconds=5.0, max_items=4)
+    async with anyio.create_task_group() as tasks:
+
+        async def feed() -> None:
+            for pause, count in ((7, 1), (3, 1), (1.5, 1), (1, 1), (10, 9)):
+                await anyio.sleep(pause)
+                source.feed(*[bytes(100)] * count)
+            await anyio.sleep(1)
+            source.feed(end=True)
+
+        tasks.start_soon(feed)
+        got = []
+        async for batch in batches:
+            got.append((anyio.current_time(), len(batch), granted(a)))
+    # 7: first item; 10, 11.5: two more; 12: over. 12.5: one, over at 17.5. 22.5: 4 + 4 + 1.
+    assert got == [
+        (12.0, 3, 300),
+        (17.5, 1, 100),
+        (22.5, 4, 400),
+        (22.5, 4, 400),
+        (23.5, 1, 100),
+    ]
+    assert source.cancelled == 0
+    assert source.reads == 14
+
+
+@pytest.mark.virtual_time
+async def test_a_source_that_never_waits_cannot_hold_a_batch_open() -> None:
+    limiter = testing.limiter("1GiB")
+    a = limiter.component("a")
+
+    class Fast(Source[bytes]):
+        async def __anext__(self) -> bytes:
+            if isinstance(loop, testing.VirtualTimeLoop):
+                loop.advance(0.1)  # time passes, but nobody else has a turn
+            else:
+                trio_clock().jump(0.1)
+            return b"x"
+
+    loop: Any = None
+    if "asyncio" in str(anyio.get_current_task()) or _is_asyncio():
+        loop = asyncio.get_running_loop()
+    async with a.batches(Fast(), max_seconds=1.0) as batches:
+        for _ in range(3):
+            assert 10 <= len(await anext(batches)) <= 12
+
+
+def _is_asyncio() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def trio_clock() -> Any:
+    import trio
+
+    return trio.lowlevel.current_clock()
+
+
+@pytest.mark.virtual_time
+async def test_a_slow_consumer_finds_the_item_that_was_read_meanwhile() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    source = Source(bytes(1), bytes(2), bytes(3), end=False)
+    batches = a.batches(source, max_seconds=5.0)
+    assert await anext(batches) == [bytes(1), bytes(2), bytes(3)]
+    assert anyio.current_time() == 5
+    source.feed(bytes(4), bytes(5), bytes(6))
+    await anyio.sleep(100)
+    assert source.reads == 4  # one ahead, not more
+    assert granted(a) == 6
+    assert await anext(batches) == [bytes(4), bytes(5), bytes(6)]
+    assert anyio.current_time() == 110
+    await batches.aclose()
+    assert (source.closed, source.cancelled) == (1, 1)
+
+
+@pytest.mark.virtual_time
+async def test_a_cancelled_consumer_finds_everything_the_next_time() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    source = Source(bytes(1), bytes(2), end=False)
+    batches = a.batches(source, max_seconds=60.0)
+    with anyio.move_on_after(10):
+        await anext(batches)
+    source.feed(bytes(3), bytes(4))
+    await anyio.sleep(10)
+    assert await anext(batches) == [bytes(1), bytes(2), bytes(3), bytes(4)]
+    assert anyio.current_time() == 60
+    with anyio.move_on_after(10):
+        await anext(batches)
+    source.feed(bytes(5))
+    await anyio.sleep(1000)
+    assert granted(a) == 0  # nobody waits for it, so it is not even charged
+    source.feed(end=True)
+    assert await anext(batches) == [bytes(5)]
+    with pytest.raises(StopAsyncIteration):
+        await anext(batches)
+    assert source.cancelled == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_batch_that_is_overdue_is_there_at_once() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    source = Source(bytes(1), end=False)
+    batches = a.batches(source, max_seconds=5.0)
+    with anyio.move_on_after(1):
+        await anext(batches)
+    await anyio.sleep(100)
+    with anyio.fail_after(0.5):
+        assert await anext(batches) == [bytes(1)]
+    await batches.aclose()
+
+
+@pytest.mark.virtual_time
+async def test_an_async_generator_survives_max_seconds() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    closed = []
+
+    async def slow() -> AsyncIterator[bytes]:
+        try:
+            with anyio.move_on_after(10_000):  # its scope needs one task for all of it
+                for number in range(5):
+                    await anyio.sleep(number)
+                    yield bytes(number)
+        finally:
+            closed.append(anyio.current_time())
+
+    got = [
+        (anyio.current_time(), [len(item) for item in batch])
+        async for batch in a.batches(slow(), max_seconds=1.5)
+    ]
+    assert got == [(1.5, [0, 1]), (4.5, [2]), (7.5, [3]), (10.0, [4])]
+    assert closed == [10.0]
+    async with a.batches(slow(), max_seconds=1.5) as batches:
+        assert await anext(batches) == [bytes(0), bytes(1)]
+    assert closed == [10.0, 11.5]  # closed by the task that has read it
+    assert granted(a) == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_quota_ends_a_timed_batch_too() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    source = Source(*[bytes(100)] * 12, end=False)
+    batches = a.batches(source, max_seconds=5.0)
+    assert len(await anext(batches)) == 5
+    assert anyio.current_time() == 0
+    assert len(await anext(batches)) == 5
+    assert len(await anext(batches)) == 2
+    assert anyio.current_time() == 5
+    async with b.grant(380), anyio.create_task_group() as tasks:
+        source.feed(bytes(450))
+        tasks.start_soon(anext, batches)  # type: ignore[arg-type]
+        await anyio.sleep(3)
+        assert limiter.statistics().waiting == 1
+        tasks.cancel_scope.cancel()
+    await anyio.sleep(1)
+    source.feed(bytes(20))
+    assert [len(item) for item in await anext(batches)] == [450, 20]
+    await batches.aclose()
+    assert granted(a) == 0
+
+
+@pytest.mark.parametrize("when", ["before it starts", "while it reads", "at the end"])
+async def test_dropping_timed_batches_ends_their_task(when: str) -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    source = Source(bytes(10), bytes(10), bytes(10), end=False)
+    batches = a.batches(source, max_seconds=60.0, max_items=2)
+    if when == "before it starts":
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anext(batches)
+    else:
+        assert await anext(batches) == [bytes(10)] * 2
+        source.feed(end=when == "at the end")
+        await ask_and_cancel(batches)
+    reader = weakref.ref(batches._reader)
+    del batches
+    await steps(5)
+    gc.collect()
+    assert reader() is None
+    assert granted(a) == 0
+    assert limiter.statistics().grants == 0
+    assert source.closed == 0
+    if when == "while it reads":
+        assert source.cancelled == 1
+        source.feed(b"still usable")
+        assert await anext(source) == b"still usable"
+
+
+async def test_closing_timed_batches_ends_their_task() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    unused = a.batches(Source(b""), max_seconds=1.0)
+    await unused.aclose()
+    assert unused._batch._source.closed == 1  # type: ignore[attr-defined]
+    for wait in (0, 1, 2, 3, 5):
+        source = Source(bytes(10), end=False)
+        batches = a.batches(source, max_seconds=60.0)
+        ends: list[str] = []
+
+        async def consume(batches: Batches[bytes], ends: list[str]) -> None:
+            async for _ in batches:
+                pytest.fail("unreachable")  # pragma: no cover
+            ends.append("end")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume, batches, ends)
+            await steps(wait)
+            await batches.aclose()
+            await batches.aclose()
+            assert granted(a) == 0
+        assert ends == ["end"]
+        assert source.closed == 2
+        assert limiter.statistics().grants == 0
+
+
+async def test_an_error_of_closing_is_told() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+
+    class Sticky(Source[bytes]):
+        async def aclose(self) -> None:
+            raise OSError("stuck")
+
+    for max_seconds in (None, 60.0):
+        batches = a.batches(Sticky(bytes(10)), max_items=1, max_seconds=max_seconds)
+        await anext(batches)
+        with pytest.raises(OSError, match="stuck"):
+            await batches.aclose()
+        assert granted(a) == 0
+
+
+async def test_closing_while_another_task_waits_for_an_item() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    iterators: list[Callable[[Source[bytes]], Any]] = [
+        lambda source: bounded(source, component=a),
+        lambda source: a.batches(source, max_items=1),
+    ]
+    for make in iterators:
+        source = Source[bytes](end=False)
+        items = make(source)
+        async with anyio.create_task_group() as tasks:
+
+            async def consume(items: Any) -> None:
+                with pytest.raises(StopAsyncIteration):
+                    await anext(items)
+
+            tasks.start_soon(consume, items)
+            await steps(3)
+            await items.aclose()
+            source.feed(b"too late")
+        assert granted(a) == 0
+
+
+async def test_a_reader_that_is_cancelled_from_outside_tells_its_consumer() -> None:
+    if not _is_asyncio():
+        pytest.skip("only asyncio has tasks that can be cancelled by anybody")
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    batches = a.batches(Source(bytes(10), end=False), max_seconds=60.0)
+    waits = asyncio.ensure_future(anext(batches))
+    await steps(3)
+    reader: Any = batches._reader
+    reader._task.cancel()
+    await steps(3)
+    assert (await waits) == [bytes(10)]
+    with pytest.raises(asyncio.CancelledError):
+        await anext(batches)
+
+
+async def test_the_source_of_timed_batches_runs_in_its_consumers_context() -> None:
+    async with testing.limiter(1000) as limiter:
+        a = limiter.component("a")
+        source = Source(b"x")
+        async with a, a.batches(source, max_seconds=1.0) as batches:
+            await anext(batches)
+        assert set(source.contexts) == {a}

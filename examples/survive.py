@@ -275,9 +275,10 @@ def chart(run: Run, top_bytes: int, seconds: float, colour: str, width: int = 56
     last = min(int(run.seconds / seconds * width), width - 1)
     for column in range(1, last + 1):
         levels[column] = levels[column] or levels[column - 1]
+    end_row = min(max(levels[last - 1 : last + 1]) // 8, rows - 1)
     for row in reversed(range(rows)):
         line = "".join(marks[max(0, min(level - row * 8, 8))] for level in levels[: last + 1])
-        yield paint(line + end * (row == rows - 1), colour)
+        yield paint(line + end * (row == end_row), colour)
 
 
 def compare(bare: Run, bounded: Run, expected: dict[str, Any], limit_bytes: int) -> list[str]:

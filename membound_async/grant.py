@@ -183,7 +183,7 @@ class MemoryGrant(GrantState):
             ValueError: it does not hold that much.
         """
         nbytes = parse_size(nbytes, "nbytes")
-        limiter = self._held_by("shrink")
+        limiter = self._changeable_by("shrink")
         account = self._component._account
         with limiter._lock:
             self._held_by("shrink")
@@ -247,10 +247,15 @@ class MemoryGrant(GrantState):
             raise RuntimeError(f"{operation}: this grant is not held yet; use `async with` first")
         return self._component._limiter
 
-    def _grow_request(self, nbytes: int | str, operation: str) -> Request:
-        self._held_by(operation)
+    def _changeable_by(self, operation: str) -> Any:
+        """Give the limiter that it is held from, if no other change of it is under way."""
+        limiter = self._held_by(operation)
         if getattr(self, "_growing", False):
             raise RuntimeError(f"{operation}: another task is waiting to grow this grant already")
+        return limiter
+
+    def _grow_request(self, nbytes: int | str, operation: str) -> Request:
+        self._changeable_by(operation)
         return self._request(Kind.GROW, parse_size(nbytes, "nbytes"))
 
     def _lost(self) -> None:

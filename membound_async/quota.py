@@ -348,9 +348,9 @@ class Ledger(LedgerState):
         highest = committed if pressed else self.highest_committed
         self.measured = measured
         self.look_at = self.moved + look_after
-        return self._set_capacity(
-            self.limit, max(0, measured - self.baseline - highest), committed, highest
-        )
+        drift = max(0, measured - self.baseline - highest)
+        self._set_capacity(self.limit, drift, committed, highest)
+        return self._dispatch()
 
     def rebase(self, baseline: int) -> None:
         """Set the baseline anew, before anything is granted."""
@@ -365,21 +365,17 @@ class Ledger(LedgerState):
 
     def resize(self, limit: int) -> list[Request]:
         """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
-        settled = self._set_capacity(limit, self.drift, self.committed, self.highest_committed)
-        settled += self._drop_impossible(self.accounts.values())
-        return settled + self._dispatch()
+        self._set_capacity(limit, self.drift, self.committed, self.highest_committed)
+        return self._drop_impossible(self.accounts.values()) + self._dispatch()
 
     # --- inside
 
-    def _set_capacity(
-        self, limit: int, drift: int, committed: int, highest: int
-    ) -> list[Request]:
+    def _set_capacity(self, limit: int, drift: int, committed: int, highest: int) -> None:
         self.limit = limit
         self.drift = drift
         capacity = limit - self.baseline - drift
         self.free = capacity - committed
         self._lowest_free = capacity - highest
-        return self._dispatch() if self.waiters.count else []
 
     def _allowed(self, account: Account) -> int:
         """What the rule lets the account draw from the pool now."""
@@ -474,8 +470,6 @@ class Ledger(LedgerState):
 
     def _changed(self, account: Account) -> list[Request]:
         """Look again at who waits after an account has changed."""
-        if not self.waiters.count:
-            return []
         self._place(account)
         return self._dispatch()
 
@@ -491,6 +485,7 @@ class Ledger(LedgerState):
             for request in account.queue or ()
             if self.refusal(request) is not None
         ]
+        dropped.sort(key=lambda request: request.arrival)
         for request in dropped:
             self.waiters.remove(request, State.IMPOSSIBLE)
             request.account.refusals += 1
@@ -536,10 +531,16 @@ class Ledger(LedgerState):
 
     def _dispatch(self) -> list[Request]:
         """Admit everybody whose turn it is."""
-        settled = []
+        settled: list[Request] = []
+        if not self.waiters.count:
+            self._closed = self._exclusive is not None
+            return settled
         self._bar_overdue()
         while (turn := self._next()) is not None:
             request, in_turn = turn
+            self._closed = self._exclusive is not None or (
+                self.waiters.first_barrier() not in (None, request)
+            )
             self.waiters.remove(request, State.ADMITTED)
             self._charge(request, in_turn=in_turn)
             self._place(request.account)
@@ -573,7 +574,7 @@ class Ledger(LedgerState):
             return first, True
         if self._closed:
             return (first, False) if self._fits_idle(first) else None
-        if self.committed == self._reserved:
+        if self._held_of_pool(None) == 0:
             first = min(filter(self._fits_idle, waiters.heads()), key=rank_of, default=None)
         else:
             first = next(filter(self._fits_idle, waiters.growing()), None)
@@ -582,14 +583,20 @@ class Ledger(LedgerState):
     def _fits_idle(self, request: Request) -> bool:
         """Whether a head fits without drift, and nobody holds any of the pool besides it."""
         account = request.account
-        if self._need(request) > self.free + self.drift or self._over_firm(request):
-            return False
-        if account.granted - request.held > account.reserved:
-            return False
+        return (
+            self._need(request) <= self.free + self.drift
+            and not self._over_firm(request)
+            and account.granted - request.held <= account.reserved
+            and self._held_of_pool(account) == 0
+        )
+
+    def _held_of_pool(self, besides: Account | None) -> int:
+        """How much is granted out of the pool to the accounts, all or all but one."""
         if self._tracked:
-            return not any(
-                other.granted > other.reserved
-                for other in self.accounts.values()
-                if other is not account
+            return sum(
+                max(0, account.granted - account.reserved)
+                for account in self.accounts.values()
+                if account is not besides
             )
-        return self.committed - self._reserved == max(0, account.granted - account.reserved)
+        held = self.committed - self._reserved
+        return held if besides is None else held - max(0, besides.granted - besides.reserved)

@@ -97,10 +97,9 @@ class SideBySide:
             case ("cancel", ticket):
                 return any(waiter.ticket == ticket for waiter in model.waiters())
             case ("shrink", ticket, size_bytes):
-                return ticket in model.grants and size_bytes <= model.grants[ticket].size_bytes
-            case ("grow_nowait", _, ticket, _):
-                return ticket in model.grants
-            case ("grow", _, ticket, _) | ("release", ticket):
+                held = model.grants.get(ticket)
+                return held is not None and size_bytes <= held.size_bytes and not is_growing(held)
+            case ("grow" | "grow_nowait", _, ticket, _) | ("release", ticket):
                 return ticket in model.grants and not is_growing(model.grants[ticket])
             case _:
                 return True
@@ -178,14 +177,14 @@ class _Generator:
         if waiting and random.random() * 40 < len(waiting):
             return ("cancel", random.choice(waiting).ticket)
         dice = random.random()
-        if dice < 0.35 and held is not None:
+        if dice < 0.35 and held is not None and not is_growing(model.grants[held]):
             grant = model.grants[held]
-            if dice < 0.22 and not is_growing(grant):
+            if dice < 0.22:
                 return ("release", held)
             if dice < 0.25:
                 return ("shrink", held, random.randint(0, grant.size_bytes))
             size_bytes = self._size(model, grant.component.name)
-            if dice < 0.31 and not is_growing(grant):
+            if dice < 0.31:
                 return ("grow", self._ticket(), held, size_bytes)
             return ("grow_nowait", self._ticket(), held, size_bytes)
         if dice < 0.65:
@@ -207,7 +206,7 @@ class _Generator:
             wanted_bytes = model.limit_bytes + random.randint(-20, 20)
             return ("resize", max(least_bytes, wanted_bytes))
         if dice < 0.94:
-            return ("lift_barriers",)
+            return ("lift_barrier",)
         return self._request(model, component)
 
     def _ticket(self) -> int:

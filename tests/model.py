@@ -105,7 +105,7 @@ class Core(Protocol):
     def set_live(self, component: str, live_bytes: int) -> Outcome: ...
     def observe(self, measured_bytes: int) -> Outcome: ...
     def resize(self, limit_bytes: int) -> Outcome: ...
-    def lift_barriers(self) -> Outcome: ...
+    def lift_barrier(self) -> Outcome: ...
     def snapshot(self) -> Snapshot: ...
 
 
@@ -307,7 +307,7 @@ class Model:
         minimum_bytes = component.minimum_bytes
         pool_bytes = self.limit_bytes - self.baseline_bytes - minimum_bytes
         p, q = self.share.numerator, self.share.denominator
-        cap_bytes = minimum_bytes + most_draw_bytes(p, q, pool_bytes, 0)
+        cap_bytes = minimum_bytes + max(0, most_draw_bytes(p, q, pool_bytes, 0))
         firm_bytes = component.firm_limit_bytes
         return cap_bytes if firm_bytes is None else min(firm_bytes, cap_bytes)
 
@@ -333,12 +333,13 @@ class Model:
             return False
         return not waiter.alone or waiter.total_bytes > self.alone_cap_bytes(component)
 
-    def pool_is_unused(self, but_for: Component | None = None) -> bool:
-        """Whether no pool grant is out, of components other than ``but_for``."""
+    def pool_is_unused(self, but_for: Waiter) -> bool:
+        """Whether no pool grant is out but the one that ``but_for`` would grow."""
+        own_bytes = but_for.grant.size_bytes if but_for.grant else 0
         return all(
-            component.granted_bytes <= component.minimum_bytes
-            for component in self.components.values()
-            if component is not but_for
+            node.granted_bytes - (own_bytes if node is but_for.component else 0)
+            <= node.minimum_bytes
+            for node in self.components.values()
         )
 
     # Requests.
@@ -381,8 +382,17 @@ class Model:
         )
 
     def enter(self, ticket: int, component: str) -> Outcome:
-        """Ask for a component's minimum to be reserved, and wait if need be."""
+        """Ask for a component's minimum to be reserved, and wait if need be.
+
+        What is reserved already, or need not be, is nothing to queue for: those who wait in
+        the component may wait for this very task.
+        """
         node = self.components[component]
+        if node.entered or not node.declared_minimum_bytes:
+            node.entered += 1
+            self._admitted.append(Admission(ticket, 0))
+            done = self._done()
+            return done._replace(status="admitted")
         return self._enqueue(self._waiter(ticket, "enter", node), node.queue)
 
     def cancel(self, ticket: int) -> Outcome:
@@ -410,6 +420,8 @@ class Model:
             raise ValueError(f"{nbytes} of {held.size_bytes} bytes cannot be given back")
         held.size_bytes -= nbytes
         held.component.granted_bytes -= nbytes
+        if self.exclusive is held and held.size_bytes <= self.normal_cap_bytes(held.component):
+            self.exclusive = None
         return self._done()
 
     def release(self, grant: int) -> Outcome:
@@ -456,9 +468,9 @@ class Model:
         self._refuse_infeasible()
         return self._done()
 
-    def lift_barriers(self) -> Outcome:
-        """Let everybody pass the present barriers, which count from 0 again."""
-        for waiter in self.barriers():
+    def lift_barrier(self) -> Outcome:
+        """Let everybody pass the first barrier, which counts from 0 again."""
+        for waiter in self.barriers()[:1]:
             waiter.is_barrier = False
             waiter.bypassed_bytes = 0
         return self._done()
@@ -543,22 +555,23 @@ class Model:
             return first, self._size_bytes(first, pool_is_open)
 
         if self.exclusive is not None:
-            heads = [head for head in heads if head.grant is self.exclusive]
+            # Its grow goes before everything in its component.
+            heads = [waiter for waiter in self.waiters() if waiter.grant is self.exclusive]
+            heads = [waiter for waiter in heads if not waiter.is_firm_blocked]
         if not heads:
             return None
         barriers = [head for head in heads if head.is_barrier]
-        if barriers:
-            first = min(barriers, key=by_arrival)
-        else:
-            first = min(heads, key=lambda head: (self.threshold_bytes(head), head.arrival))
+        if barriers and self.exclusive is None:
+            heads = [min(barriers, key=by_arrival)]
+        heads.sort(key=lambda head: (self.threshold_bytes(head), head.arrival))
 
-        free_bytes = self.free_bytes
-        if self.threshold_bytes(first) <= free_bytes and not self.is_oversize(first):
+        first = heads[0]
+        if self.threshold_bytes(first) <= self.free_bytes and not self.is_oversize(first):
             return first, self._size_bytes(first, pool_is_open=True)
-        own = first.component if first.kind == "grow" else None
-        fits_without_drift = first.draw_bytes <= free_bytes + self.drift_bytes
-        if self.pool_is_unused(but_for=own) and fits_without_drift:
-            return first, first.nbytes
+        for head in heads:
+            fits_without_drift = head.draw_bytes <= self.free_bytes + self.drift_bytes
+            if fits_without_drift and self.pool_is_unused(but_for=head):
+                return head, head.nbytes
         return None
 
     def _size_bytes(self, waiter: Waiter, pool_is_open: bool) -> int:
@@ -617,7 +630,9 @@ class Model:
                 if waiter.is_firm_blocked:
                     waiter.is_barrier = False
                 elif waiter.bypassed_bytes > self.bypass_limit_bytes:
-                    waiter.is_barrier = True
+                    # Past a grow that is parked it would only take what that needs.
+                    if not any(grow.is_firm_blocked for grow in component.grows[:1]):
+                        waiter.is_barrier = True
 
     def _remove(self, waiter: Waiter) -> None:
         for queue in (waiter.component.grows, waiter.component.queue):

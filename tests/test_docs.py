@@ -37,16 +37,15 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Self
 
-import aiokafka
+import aiokafka  # type: ignore[import-untyped]
 import anyio.lowlevel
 import httpx
 import pytest
 
 import membound_async
 from membound_async.cli import _parser
-from membound_async.context import installed_limiters
 from membound_async.pressure import PressurePolicy
 from membound_async.quota import Ledger
 from membound_async.settings import LimiterSettings
@@ -359,7 +358,7 @@ def check_set_up(command: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_does_what_it_says(page, tmp_path):
     """Each page is a process of its own: its limits count what that uses, and only that."""
-    if blocks_of(page):
+    if any(block.language in {"python", "console"} for block in blocks_of(page)):
         ended = subprocess.run(
             [sys.executable, "-W", "error", __file__, page],
             cwd=tmp_path,
@@ -439,7 +438,7 @@ class Consumer:
         self._commits_by_itself = known.arguments["enable_auto_commit"]
         self._position = committed.setdefault(self._group, 0)
 
-    async def __aenter__(self) -> Consumer:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -539,7 +538,7 @@ def variables_in_sources() -> set[str]:
         for node in ast.walk(tree):
             match node:
                 case ast.Call(func=ast.Name(id="given"), args=[_, ast.Constant(value=name), _]):
-                    found.add(f"MEMBOUND_{name}")
+                    found.add(f"MEMBOUND_{name!s}")
                 case ast.Constant(value=str(text)):
                     found |= set(re.findall(r"MEMBOUND_[A-Z]+(?:_[A-Z]+)*|WEB_CONCURRENCY", text))
     return found
@@ -585,7 +584,9 @@ def events_in_sources() -> dict[str, tuple[str, set[str]]]:
 
 def test_every_option_of_the_command_line_is_described():
     page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## membound (\S+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    sections = dict(
+        re.findall(r"^## membound (\S+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    )
     commands = next(
         action.choices for action in _parser()._actions if isinstance(action.choices, dict)
     )
@@ -598,8 +599,8 @@ def test_every_option_of_the_command_line_is_described():
 
 def test_every_public_module_and_name_is_in_the_reference():
     pages = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
-    documented = set(re.findall(r"^\.\. automodule:: (\S+)", pages, re.M))
-    documented |= set(re.findall(r"^\.\. auto(?:function|class):: (\S+)", pages, re.M))
+    documented = set(re.findall(r"^\.\. automodule:: (\S+)", pages, re.MULTILINE))
+    documented |= set(re.findall(r"^\.\. auto(?:function|class):: (\S+)", pages, re.MULTILINE))
     for name in membound_async.__all__:
         module = getattr(membound_async, name).__module__
         places = {module, module.rpartition(".")[0], f"{module}.{name}"}

@@ -397,7 +397,7 @@ def test_up_to_takes_nothing_of_the_pool_past_a_barrier() -> None:
 def test_lifted_it_counts_from_nothing() -> None:
     bench, _, barrier, _ = barrier_at_work()
     late = bench.waiting("a", 2)
-    assert admitted(bench.model.lift_barriers()) == [(late, 2)]
+    assert admitted(bench.model.lift_barrier()) == [(late, 2)]
     assert bench.waiter(barrier).bypassed_bytes == 2
     bench.held("c", 9)
     assert bench.model.snapshot().barriers == (barrier,)
@@ -805,7 +805,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     def grow(self, index: int, nbytes: int, wait: bool) -> None:
         grant = self.grant(index)
         held = self.model.grants[grant]
-        if not (wait and is_growing(held)):
+        if not is_growing(held):
             ticket = self.ticket(held.component.name, True)
             self.apply("grow" if wait else "grow_nowait", ticket, grant, nbytes)
 
@@ -813,7 +813,9 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     @rule(index=INDICES, nbytes=st.integers(0, 60))
     def shrink(self, index: int, nbytes: int) -> None:
         grant = self.grant(index)
-        self.apply("shrink", grant, min(nbytes, self.model.grants[grant].size_bytes))
+        held = self.model.grants[grant]
+        if not is_growing(held):
+            self.apply("shrink", grant, min(nbytes, held.size_bytes))
 
     @precondition(something_is_held)
     @rule(index=INDICES)
@@ -852,8 +854,8 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.apply("resize", max(least, self.model.limit_bytes + change))
 
     @rule()
-    def lift_barriers(self) -> None:
-        self.apply("lift_barriers")
+    def lift_barrier(self) -> None:
+        self.apply("lift_barrier")
 
     @invariant()
     def promises_are_kept(self) -> None:

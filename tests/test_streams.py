@@ -32,11 +32,10 @@ from membound_async.streams import (
     MemorySendStream,
     bounded,
     create_memory_stream,
+    memory,
 )
 
 T = TypeVar("T")
-
-KIB = 1024
 
 
 def granted(*components: Component) -> int:
@@ -727,6 +726,7 @@ async def test_dropping_timed_batches_ends_their_task(when: str) -> None:
         await ask_and_cancel(batches)
     reader = weakref.ref(batches._reader)
     del batches
+    gc.collect()  # a traceback may hold it still
     await steps(5)
     gc.collect()
     assert reader() is None
@@ -828,3 +828,655 @@ async def test_the_source_of_timed_batches_runs_in_its_consumers_context() -> No
         async with a, a.batches(source, max_seconds=1.0) as batches:
             await anext(batches)
         assert set(source.contexts) == {a}
+
+
+# --- memory streams
+
+
+async def test_a_memory_stream_charges_its_receiver() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive:
+        await send.send(bytes(100))
+        send.send_nowait(bytes(200))
+        assert granted(a) == 300
+        assert send.statistics() == (2, math.inf, 1, 1, 0, 0, 300)
+        assert len(await receive.receive()) == 100
+        assert granted(a) == 300  # it is the receiver's now
+        assert len(receive.receive_nowait()) == 200
+        assert granted(a) == 200
+        with pytest.raises(anyio.WouldBlock):
+            receive.receive_nowait()
+        assert granted(a) == 0  # it wanted the next one
+        await send.send(b"")
+        assert await receive.receive() == b""
+    assert granted(a) == 0
+    assert limiter.statistics().grants == 0
+
+
+async def test_what_is_in_flight_leaves_as_much_to_the_receiver() -> None:
+    limiter = testing.limiter(8000)  # a alone may have 4000 of it
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive:
+        sent = 0
+        with pytest.raises(anyio.WouldBlock):
+            while True:
+                send.send_nowait(bytes(100))
+                sent += 1
+        assert sent == 20
+        assert send.statistics().charged_bytes == 2000
+        async with a.grant(2000, timeout=0):  # so much it can still have at once
+            with anyio.move_on_after(0.001) as scope:
+                await send.send(bytes(100))
+            assert scope.cancelled_caught
+        receive.receive_nowait()
+        with pytest.raises(anyio.WouldBlock):
+            send.send_nowait(bytes(100))
+        receive.receive_nowait()
+        send.send_nowait(bytes(100))
+
+
+async def test_a_receiver_gets_grants_of_its_own_whoever_waits_to_send() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    done = []
+
+    async def produce() -> None:
+        async with send:
+            for size in (125, 50, 50, 200, 5, 500, 499, 7):
+                await send.send(bytes(size))
+
+    async with anyio.create_task_group() as tasks, receive:
+        tasks.start_soon(produce)
+        async for item in receive:
+            await steps(3)
+            if len(item) < 400:
+                async with a.grant(100):
+                    await steps(1)
+            done.append(len(item))
+    assert done == [125, 50, 50, 200, 5, 500, 499, 7]
+    assert granted(a) == 0
+
+
+async def test_sending_waits_for_the_receivers_quota() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    send, receive = create_memory_stream[bytes](component=a)
+    order = []
+
+    async def produce(size: int) -> None:
+        await send.send(bytes(size))
+        order.append(size)
+
+    async with send, receive, anyio.create_task_group() as tasks:
+        async with b.grant(400):
+            tasks.start_soon(produce, 400)
+            await steps(4)
+            tasks.start_soon(produce, 1)
+            await steps(4)
+            tasks.start_soon(produce, 0)
+            await steps(4)
+            assert order == []
+            assert send.statistics().tasks_waiting_send == 3
+            assert limiter.statistics().waiting == 1
+            with pytest.raises(anyio.WouldBlock):
+                send.send_nowait(b"")  # others are before it
+        assert [len(await receive.receive()) for _ in range(3)] == [400, 1, 0]
+        assert order == [400, 1, 0]
+
+
+@pytest.mark.virtual_time
+async def test_a_sender_sees_what_others_give_back() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive, anyio.create_task_group() as tasks:
+        async with b.grant(400):
+            send.send_nowait(bytes(100))
+            assert len(receive.receive_nowait()) == 100  # busy with that for an hour
+            tasks.start_soon(send.send, bytes(110))
+            await anyio.sleep(100)
+            assert send.statistics().tasks_waiting_send == 1
+        await anyio.sleep(0.3)
+        assert send.statistics().tasks_waiting_send == 0
+        assert granted(a) == 210
+
+
+async def test_what_can_never_be_granted_cannot_be_sent() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a", firm_limit=300)
+    for component, most in ((limiter.component("b"), 500), (a, 300)):
+        send, receive = create_memory_stream[bytes](component=component)
+        async with send, receive:
+            for first in (None, b"x"):
+                if first is not None:
+                    await send.send(first)
+                with pytest.raises(GrantTooLarge) as caught:
+                    await send.send(bytes(most + 1))
+                assert caught.value.most_bytes == most
+                with pytest.raises(GrantTooLarge):
+                    send.send_nowait(bytes(most + 1))
+                with pytest.raises(TypeError, match="pass size="):
+                    await send.send({})  # type: ignore[arg-type]
+                with pytest.raises(TypeError, match="pass size="):
+                    send.send_nowait([])  # type: ignore[arg-type]
+            await receive.receive()
+            await send.send(bytes(most))
+        assert granted(component) == 0
+
+
+async def test_a_memory_stream_may_be_bounded_in_items_too() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a, max_items=2)
+    async with send, receive, anyio.create_task_group() as tasks:
+        send.send_nowait(b"1")
+        send.send_nowait(b"2")
+        with pytest.raises(anyio.WouldBlock):
+            send.send_nowait(b"3")
+        tasks.start_soon(send.send, b"3")
+        await steps(4)
+        tasks.start_soon(send.send, b"4")
+        await steps(4)
+        assert send.statistics() == (2, 2, 1, 1, 2, 0, 2)
+        assert [await receive.receive() for _ in range(4)] == [b"1", b"2", b"3", b"4"]
+    for max_items in (0, -1, 1.5, math.nan, -math.inf, True):
+        with pytest.raises(ValueError, match="max_items="):
+            create_memory_stream(component=a, max_items=max_items)
+
+
+async def test_closing_is_told_as_anyio_does() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+
+    async def outcomes(
+        make: Callable[[], tuple[Any, Any]], *, send_to: int, close: str
+    ) -> list[str]:
+        """Have somebody wait at each end, close something, and tell what they get."""
+        send, receive = make()
+        told = []
+
+        async def attempt(name: str, wait: Callable[[], Awaitable[Any]]) -> None:
+            try:
+                told.append(f"{name}: {await wait()!r}")
+            except Exception as error:  # noqa: BLE001
+                told.append(f"{name}: {type(error).__name__}")
+
+        async with anyio.create_task_group() as tasks:
+            if send_to == 1:
+                tasks.start_soon(attempt, "receive", receive.receive)
+            else:
+                send.send_nowait(b"x")
+                tasks.start_soon(attempt, "send", lambda: send.send(b"y"))
+            await steps(5)
+            for end in close:
+                {"s": send, "r": receive}[end].close()
+        for name, wait in (("send", lambda: send.send(b"z")), ("receive", receive.receive)):
+            await attempt(name, wait)
+        for name, nowait in (
+            ("send_nowait", lambda: send.send_nowait(b"z")),
+            ("receive_nowait", receive.receive_nowait),
+            ("send.clone", send.clone),
+            ("receive.clone", receive.clone),
+        ):
+            try:
+                got = nowait()
+                told.append(f"{name}: {got!r}" if isinstance(got, bytes) else name)
+                if hasattr(got, "close"):
+                    got.close()
+            except Exception as error:  # noqa: BLE001
+                told.append(f"{name}: {type(error).__name__}")
+        send.close()
+        receive.close()
+        return told
+
+    for send_to in (1, 2):
+        for close in ("s", "r", "sr", "rs"):
+            ours = await outcomes(
+                lambda: create_memory_stream[bytes](component=a, max_items=1),
+                send_to=send_to,
+                close=close,
+            )
+            theirs = await outcomes(
+                lambda: anyio.create_memory_object_stream[bytes](1), send_to=send_to, close=close
+            )
+            assert ours == theirs, (send_to, close)
+            assert granted(a) == 0
+
+
+async def test_a_sender_that_waits_for_memory_hears_of_closing() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    for in_flight in (0, 100):
+        for close in ("send", "receive"):
+            send, receive = create_memory_stream[bytes](component=a)
+            told: list[type[Exception]] = []
+
+            async def attempt(
+                send: MemorySendStream[bytes], told: list[type[Exception]]
+            ) -> None:
+                try:
+                    await send.send(bytes(300))
+                except Exception as error:  # noqa: BLE001
+                    told.append(type(error))
+
+            async with b.grant(450), anyio.create_task_group() as tasks:
+                if in_flight:
+                    send.send_nowait(bytes(in_flight))
+                tasks.start_soon(attempt, send, told)
+                await steps(6)
+                assert send.statistics().tasks_waiting_send == 1
+                (send if close == "send" else receive).close()
+            assert told == [
+                anyio.ClosedResourceError if close == "send" else anyio.BrokenResourceError
+            ]
+            assert limiter.statistics().waiting == 0
+            send.close()
+            receive.close()
+            assert granted(a) == 0
+
+
+async def test_clones_share_a_stream() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    with send, receive, send.clone() as send2, receive.clone() as receive2:
+        assert receive.statistics()[2:4] == (2, 2)
+        send.close()
+        send2.send_nowait(b"x")
+        send2.send_nowait(b"yy")
+        assert receive.receive_nowait() == b"x"
+        assert receive2.receive_nowait() == b"yy"
+        assert granted(a) == 3
+        receive.close()
+        assert granted(a) == 2
+        send2.send_nowait(b"zzz")
+        send2.close()
+        assert receive2.receive_nowait() == b"zzz"
+        with pytest.raises(anyio.EndOfStream):
+            await receive2.receive()
+        assert [item async for item in receive2] == []
+        assert receive.statistics()[2:4] == (0, 1)
+    assert granted(a) == 0
+
+
+async def test_two_tasks_at_one_receive_stream() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    got = []
+
+    async def consume() -> None:
+        got.append(await receive.receive())
+
+    async with send, receive:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume)
+            await steps(3)
+            tasks.start_soon(consume)
+            await steps(3)
+            assert receive.statistics().tasks_waiting_receive == 2
+            send.send_nowait(b"x")
+            send.send_nowait(b"yy")
+        assert got == [b"x", b"yy"]
+        assert granted(a) == 2  # of the last one
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume)
+            await steps(3)
+            send.send_nowait(b"zzz")
+            receive.close()
+        assert got[2:] == [b"zzz"]
+        assert granted(a) == 0
+
+
+async def test_what_is_left_in_a_stream_is_given_back() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    for _ in range(3):
+        send.send_nowait(bytes(100))
+    receive.receive_nowait()
+    receive.close()
+    assert granted(a) == 0
+    with pytest.raises(anyio.BrokenResourceError):
+        send.send_nowait(b"")
+    send.close()
+    send.close()
+    receive.close()
+
+
+async def test_a_stream_that_is_dropped_unclosed_warns_and_gives_back() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    for _ in range(5):
+        send.send_nowait(bytes(100))
+    receive.receive_nowait()
+    told: list[str] = []
+
+    async def attempt() -> None:
+        try:
+            await send.send(bytes(3500))
+        except anyio.BrokenResourceError:
+            told.append("broken")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(attempt)
+        await steps(4)
+        with pytest.warns(ResourceWarning, match="Unclosed <MemoryReceiveStream at"):
+            del receive
+        assert granted(a) == 0
+    assert told == ["broken"]
+    with pytest.warns(ResourceWarning, match="Unclosed <MemorySendStream at"):
+        del send
+    assert limiter.statistics().grants == 0
+    send, receive = create_memory_stream[bytes](component=a)
+    other = receive.clone()
+    send.send_nowait(bytes(100))
+    with pytest.warns(ResourceWarning, match="MemoryReceiveStream"):
+        del receive
+    assert other.receive_nowait() == bytes(100)
+    other.close()
+    send.close()
+
+
+async def test_a_memory_stream_belongs_to_who_makes_it() -> None:
+    outside_send, outside_receive = create_memory_stream[bytes]()
+    async with testing.limiter(1000) as limiter:
+        a, b = limiter.component("a"), limiter.component("b")
+        async with a:
+            send, receive = create_memory_stream[bytes]()
+        named_send, named_receive = create_memory_stream[bytes](component="b")
+        async with b:
+            for stream in (outside_send, send, named_send):
+                await stream.send(bytes(100))
+            assert granted(limiter.root) == 100  # made outside of any component
+            assert granted(a) == 100
+            assert granted(b) == 100
+            for end in (outside_receive, receive, named_receive):
+                await end.receive()
+            await outside_send.send(b"")
+            for each in (outside_send, outside_receive, send, receive, named_send, named_receive):
+                await each.aclose()
+        with pytest.raises(UnknownComponent):
+            create_memory_stream(component="nobody")
+
+
+async def test_observation_never_makes_a_sender_wait() -> None:
+    limiter = testing.limiter(1000, observe=True)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive:
+        for _ in range(10):
+            await send.send(bytes(200))
+            send.send_nowait(bytes(700))
+        assert granted(a) == 9000
+    assert granted(a) == 0
+
+
+async def test_batches_of_a_memory_stream_never_wait_for_each_other() -> None:
+    limiter = testing.limiter(8000)
+    a = limiter.component("a")
+    for other, max_seconds in ((a, None), (a, 60.0), (limiter.component("b"), None)):
+        send, receive = create_memory_stream[bytes](component=a)
+        lengths, held = [], []
+
+        async def produce(send: MemorySendStream[bytes]) -> None:
+            async with send:
+                for _ in range(100):
+                    await send.send(bytes(100))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(produce, send)
+            async with other.batches(receive, max_seconds=max_seconds) as batches:
+                async for batch in batches:
+                    lengths.append(len(batch))
+                    held.append(granted(other))
+                    await steps(2)
+        assert sum(lengths) == 100
+        assert max(lengths) >= 15
+        assert all(nbytes >= 100 * length for nbytes, length in zip(held, lengths, strict=True))
+        assert granted(a, other) == 0
+        with pytest.raises(anyio.ClosedResourceError):
+            receive.receive_nowait()
+
+
+async def test_batches_of_large_messages() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    for other, largest, size in ((a, 500, None), (a, 500, len), (b, 330, None), (b, 330, len)):
+        send, receive = create_memory_stream[bytes](component=a)
+        sizes = [largest, 1, largest, largest, 200, 200, largest]
+        got = []
+
+        async def produce(send: MemorySendStream[bytes], sizes: list[int]) -> None:
+            async with send:
+                for size in sizes:
+                    await send.send(bytes(size))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(produce, send, sizes)
+            async with other.batches(receive, size=size, max_items=3) as batches:
+                async for batch in batches:
+                    got += [len(item) for item in batch]
+                    await steps(2)
+        assert got == sizes
+        assert granted(a, b) == 0
+
+
+async def test_an_item_without_a_size_is_left_out_of_a_batch() -> None:
+    limiter = testing.limiter(1000)
+    a, b = limiter.component("a"), limiter.component("b")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, b.batches(receive, size=lambda item: len(item) - 3, max_items=1) as batches:
+        send.send_nowait(bytes(1))
+        send.send_nowait(bytes(10))
+        with pytest.raises(ValueError, match=r"size\(item\)=-2"):
+            await anext(batches)
+        assert await anext(batches) == [bytes(10)]
+        assert (granted(a), granted(b)) == (0, 7)
+
+
+# --- cancellation, at each step
+
+
+async def gather(
+    items: AsyncIterator[T], after_steps: int, *, native: bool
+) -> tuple[list[T], bool]:
+    """Take all items; cancel one time, after so many steps; tell whether that hit anything."""
+    got: list[T] = []
+    hit = False
+    ended = False
+
+    async def ask() -> None:
+        nonlocal ended
+        try:
+            got.append(await anext(items))
+        except StopAsyncIteration:
+            ended = True
+
+    count = after_steps
+    while not ended:
+        before = len(got)
+        scope = anyio.CancelScope()
+        task = asyncio.ensure_future(ask()) if native else None
+        async with anyio.create_task_group() as tasks:
+
+            async def ask_or_wait(
+                scope: anyio.CancelScope = scope, task: asyncio.Future[None] | None = task
+            ) -> None:
+                if task is None:
+                    with scope:
+                        await ask()
+                else:
+                    await asyncio.wait([task])
+
+            tasks.start_soon(ask_or_wait)
+            while not hit and len(got) == before and not ended:
+                if not count:
+                    hit = True
+                    (scope if task is None else task).cancel()
+                else:
+                    count -= 1
+                    await anyio.lowlevel.checkpoint()
+        if task is not None and not task.cancelled():
+            task.result()
+    return got, hit
+
+
+def make_iterator(kind: str, limiter: MemoryLimiter) -> tuple[Any, list[int]]:
+    """Give something that iterates under grants, and the sizes of what it should give."""
+    a = limiter.component("a")
+    sizes = [100, 0, 300, 120, 450, 10, 10, 10]
+    source = Late(*[bytes(size) for size in sizes])
+    match kind:
+        case "bounded":
+            return bounded(source, component=a), sizes
+        case "bounded ahead":
+            return bounded(source, ahead=110, component=a), sizes
+        case "batches":
+            return a.batches(source, max_items=3), sizes
+        case "timed batches":
+            return a.batches(source, max_items=3, max_seconds=60.0), sizes
+        case _:
+            raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("kind", ["bounded", "bounded ahead", "batches", "timed batches"])
+async def test_iterators_lose_nothing_wherever_they_are_cancelled(kind: str) -> None:
+    for native in (False, True) if _is_asyncio() else (False,):
+        hit, after_steps = True, 0
+        while hit:
+            limiter = testing.limiter(1000)
+            b = limiter.component("b")
+
+            async def rival(b: Component = b) -> None:
+                for nbytes in (300, 400, 10):
+                    async with b.grant(nbytes):
+                        await steps(7)
+
+            items, expected = make_iterator(kind, limiter)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(rival)
+                got, hit = await gather(items, after_steps, native=native)
+            flat = [each for item in got for each in (item if isinstance(item, list) else [item])]
+            assert [len(each) for each in flat] == expected, after_steps
+            statistics = limiter.statistics()
+            assert (statistics.grants, statistics.waiting) == (0, 0), after_steps
+            assert all(each.granted_bytes == 0 for each in statistics.components)
+            after_steps += 1
+        assert after_steps > 10
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver", "batches", "timed batches"])
+async def test_a_memory_stream_loses_nothing_wherever_it_is_cancelled(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_LOOK_AGAIN_SECONDS", 0.0)
+    for native in (False, True) if _is_asyncio() else (False,):
+        hit, after_steps = True, 0
+        while hit:
+            limiter = testing.limiter(1000)
+            a, b = limiter.component("a"), limiter.component("b")
+            send, receive = create_memory_stream[bytes](component=a, max_items=2)
+            sizes = iter([100, 50, 0, 30, 120, 450, 20, 10])
+            pending: list[int] = []
+            sent: list[int] = []
+
+            class Sending(AsyncIterator[int]):
+                """Sends one thing each time it is asked; the same again if it was cancelled."""
+
+                async def __anext__(
+                    self,
+                    sizes: Any = sizes,
+                    pending: list[int] = pending,
+                    sent: list[int] = sent,
+                    send: MemorySendStream[bytes] = send,
+                ) -> int:
+                    if not pending:
+                        pending.append(next(sizes, -1))
+                    if pending[0] < 0:
+                        send.close()
+                        raise StopAsyncIteration
+                    await send.send(bytes(pending[0]))
+                    sent.append(pending[0])
+                    return pending.pop()
+
+            sending = Sending()
+            receiving: AsyncIterator[Any] = receive
+            if who == "batches":
+                receiving = a.batches(receive, max_items=3)
+            elif who == "timed batches":
+                receiving = a.batches(receive, max_items=3, max_seconds=60.0)
+            got: list[Any] = []
+
+            async def other_side(
+                items: AsyncIterator[Any] = receiving if who == "sender" else sending,
+                got: list[Any] = got,
+            ) -> None:
+                async for item in items:
+                    got.append(item)
+                    await steps(2)
+
+            async def rival(b: Component = b) -> None:
+                for nbytes in (300, 400, 10):
+                    async with b.grant(nbytes):
+                        await steps(7)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(rival)
+                tasks.start_soon(other_side)
+                cancelled = sending if who == "sender" else receiving
+                taken, hit = await gather(cancelled, after_steps, native=native)
+            received = got if who == "sender" else taken
+            flat = [each for one in received for each in (one if isinstance(one, list) else [one])]
+            assert [len(each) for each in flat] == sent, after_steps
+            assert sent == [100, 50, 0, 30, 120, 450, 20, 10], after_steps
+            receive.close()
+            assert send.statistics().charged_bytes == 0
+            statistics = limiter.statistics()
+            assert (statistics.grants, statistics.waiting) == (0, 0), after_steps
+            after_steps += 1
+        assert after_steps > 10
+
+
+async def test_a_cancelled_receiver_leaves_its_item_to_others() -> None:
+    if not _is_asyncio():
+        pytest.skip("trio cancels nobody who has been woken")
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    for others in ("waiting", "none", "closed"):
+        send, receive = create_memory_stream[bytes](component=a)
+        other = receive.clone()
+        first = asyncio.ensure_future(receive.receive())
+        await steps(3)
+        second = asyncio.ensure_future(other.receive()) if others == "waiting" else None
+        await steps(3)
+        send.send_nowait(b"precious")
+        first.cancel()  # after it was handed the item, before it could take it
+        if others == "closed":
+            receive.close()
+            other.close()
+        await steps(3)
+        assert first.cancelled()
+        if second is not None:
+            assert await second == b"precious"
+        elif others == "none":
+            assert other.receive_nowait() == b"precious"
+        other.close()
+        receive.close()
+        send.close()
+        assert granted(a) == 0
+
+
+def test_the_ends_are_anyios_kinds() -> None:
+    a = testing.limiter(1000).component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    assert isinstance(send, anyio.abc.ObjectSendStream)
+    assert isinstance(receive, anyio.abc.ObjectReceiveStream)
+    assert isinstance(receive, MemoryReceiveStream)
+    send.close()
+    receive.close()

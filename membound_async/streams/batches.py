@@ -171,6 +171,7 @@ class _Batch(Generic[T]):
                     elif not await self._receive(stream):
                         break
                 except Exception as error:  # noqa: BLE001
+                    self._drop_charge()
                     self._error = error
                     break
                 if timer is not None and not timer.wanted:
@@ -195,10 +196,11 @@ class _Batch(Generic[T]):
             raise StopAsyncIteration from None
         if taken is None:
             return False
-        item, charge = taken
-        if not charge.belongs_to(self._component):
-            self._nbytes = charge.size if self._size is None else measure(self._size, item)
-        self._item, self._charge = item, charge
+        item, self._charge = taken
+        if not self._charge.belongs_to(self._component):
+            size = self._size
+            self._nbytes = self._charge.size if size is None else measure(size, item)
+        self._item = item
         return True
 
     async def _admit(self) -> bool:

@@ -621,13 +621,15 @@ class MemoryLimiter(LimiterState):
             self._bind()
         now = self._now()
         self._sample_if_due(request.nbytes, now)
+        settled: list[Request] = []
         with self._lock:
+            self._start_with_first_request(now)
+            self._used = True
             if self._observe:
                 self._rehearse(request, now)
             else:
-                self._start_with_first_request(now)
-                self._used = True
-                self._ledger.request_nowait(request)
+                settled = self._ledger.request_nowait(request)
+        self._wake(settled)
 
     def _acquire_blocking(self, request: Request, timeout: float | None) -> None:
         """The same as ``_acquire`` for a thread, which is blocked."""

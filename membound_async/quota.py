@@ -30,7 +30,7 @@ from itertools import islice
 
 from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
 from .fastpath import NO_LIMIT, AccountState, LedgerState
-from .waiters import READY, Kind, Request, State, Waiters, rank_of
+from .waiters import READY, Kind, Queue, Request, State, Waiters, rank_of
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
@@ -214,7 +214,7 @@ class Ledger(LedgerState):
         """
         moved = self.moved + nbytes
         granted = account.granted + nbytes
-        if account.queue is not None or granted > account.firm_limit or moved > self.look_at:
+        if self.waiters.count or granted > account.firm_limit or moved > self.look_at:
             return False
         excess = account.excess
         if excess < 0:
@@ -232,8 +232,6 @@ class Ledger(LedgerState):
             self.free = free = free + held - (excess if excess > 0 else 0)
             if free < self._lowest_free:
                 self._lowest_free = free
-            if self.waiters.count:
-                self._bar_overdue()
         else:
             excess = (granted if granted > account.live else account.live) - account.reserved
         account.excess = excess
@@ -258,8 +256,11 @@ class Ledger(LedgerState):
             return self._changed(request.account)
         return []
 
-    def request_nowait(self, request: Request) -> None:
+    def request_nowait(self, request: Request) -> list[Request]:
         """Ask for it now or not at all: on return it is admitted.
+
+        Returns:
+            Others that are settled, because so much has passed somebody now.
 
         Raises:
             GrantTooLarge: not even an idle limiter could give that much.
@@ -271,7 +272,7 @@ class Ledger(LedgerState):
             account.refusals += 1
             raise error
         self._charge(request)
-        self._bar_overdue()
+        return self._dispatch()
 
     def force(self, request: Request) -> None:
         """Charge a request whatever the rules say of it."""
@@ -360,8 +361,7 @@ class Ledger(LedgerState):
 
     def missing(self, request: Request) -> int:
         """How much more would have to be free for the request by the rule; 0 or less if none."""
-        draw = self._need(request)
-        return self._needed_free(request, draw) - self.free if draw > 0 else 0
+        return self._needed_free(request) - self.free if self._need(request) > 0 else 0
 
     def resize(self, limit: int) -> list[Request]:
         """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
@@ -398,13 +398,19 @@ class Ledger(LedgerState):
             return max(0, account.minimum - account.reserved - max(account.excess, 0))
         return self.draw(account, request.nbytes)
 
-    def _needed_free(self, request: Request, draw: int) -> int:
-        """``T`` of a request that draws that much."""
+    def _needed_free(self, request: Request) -> int:
+        """``T`` of a request; ``READY`` if it draws nothing."""
+        account = request.account
+        if request.kind is Kind.ENTER:
+            return self._need(request) or READY
+        excess = account.excess
+        if excess > 0:
+            held, draw = excess, request.nbytes
+        else:
+            held, draw = 0, request.nbytes + excess
         if draw <= 0:
             return READY
-        if request.kind is Kind.ENTER:
-            return draw
-        return self.threshold(request.account, draw)
+        return -((-self._q * draw - (self._q - self._p) * held) // self._p)
 
     def _over_firm(self, request: Request) -> bool:
         """Whether it waits for its own component to give something back."""
@@ -465,8 +471,8 @@ class Ledger(LedgerState):
             self.moved += request.nbytes
         request.pooled = draw > 0
         request.out_of_turn = not in_turn
-        self.waiters.passed_bytes += max(draw, 0)
-        self._closed = self._exclusive is not None or self.waiters.barred
+        if draw > 0:
+            self.waiters.passed_bytes += draw
 
     def _changed(self, account: Account) -> list[Request]:
         """Look again at who waits after an account has changed."""
@@ -498,22 +504,34 @@ class Ledger(LedgerState):
         if queue is None:
             return
         waiters = self.waiters
+        if queue.grows and queue.requests:
+            head = self._head_of_two(queue)
+        else:
+            head = next(iter(queue.grows or queue.requests))
+        if self._over_firm(head):
+            head.rank = None
+            waiters.stop_counting(head)
+            return
+        threshold = self._needed_free(head)
+        if head.rank is None or head.rank[0] != threshold:
+            waiters.rank(head, threshold)
+        if head.mark is None:
+            waiters.count_from_now(head)
+
+    def _head_of_two(self, queue: Queue) -> Request:
+        """Choose between a waiting grow and a request; the other is not ranked, but counts."""
         fronts = queue.fronts()
         for front in fronts:
             if front.barrier and self._over_firm(front):
-                waiters.stop_counting(front)
+                self.waiters.stop_counting(front)
         head = queue.head()
+        assert head is not None
         for front in fronts:
             if front is not head:
                 front.rank = None
-            elif self._over_firm(front):
-                front.rank = None
-                waiters.stop_counting(front)
-                continue
-            else:
-                waiters.rank(front, self._needed_free(front, self._need(front)))
-            if front.mark is None:
-                waiters.count_from_now(front)
+                if front.mark is None:
+                    self.waiters.count_from_now(front)
+        return head
 
     def _bar_overdue(self) -> None:
         """Make barriers of the fronts that too much was granted past."""
@@ -531,23 +549,21 @@ class Ledger(LedgerState):
 
     def _dispatch(self) -> list[Request]:
         """Admit everybody whose turn it is."""
+        waiters = self.waiters
         settled: list[Request] = []
-        if not self.waiters.count:
-            self._closed = self._exclusive is not None
-            return settled
         self._bar_overdue()
-        while (turn := self._next()) is not None:
+        while waiters.count and (turn := self._next()) is not None:
             request, in_turn = turn
-            self._closed = self._exclusive is not None or (
-                self.waiters.first_barrier() not in (None, request)
-            )
-            self.waiters.remove(request, State.ADMITTED)
+            if self._closed:
+                first = waiters.first_barrier()
+                self._closed = self._exclusive is not None or first not in (None, request)
+            waiters.remove(request, State.ADMITTED)
             self._charge(request, in_turn=in_turn)
             self._place(request.account)
-            self._bar_overdue()
             settled.append(request)
-            if request.kind is Kind.ENTER and self.waiters.alone:
+            if request.kind is Kind.ENTER and waiters.alone:
                 settled += self._drop_impossible(self.accounts.values())
+            self._bar_overdue()
         return settled
 
     def _next(self) -> tuple[Request, bool] | None:
@@ -559,18 +575,17 @@ class Ledger(LedgerState):
         """
         waiters = self.waiters
         first = waiters.smallest()
-        if first is not None and first.rank is not None and first.rank[0] == READY:
+        threshold = READY if first is None or first.rank is None else first.rank[0]
+        if first is not None and threshold == READY:
             return first, True
-        if self._exclusive is not None:
-            queue = self._exclusive.queue
-            first = next(iter(queue.grows), None) if queue is not None else None
-            if first is None or not first.exclusive:
+        if self._closed:
+            first = self._first_when_closed()
+            if first is None:
                 return None
-        elif waiters.barred:
-            first = waiters.first_barrier()
+            threshold = self._needed_free(first)
         if first is None:
             return None
-        if self._needed_free(first, self._need(first)) <= self.free and not self._oversize(first):
+        if threshold <= self.free and not (first.alone and self._oversize(first)):
             return first, True
         if self._closed:
             return (first, False) if self._fits_idle(first) else None
@@ -579,6 +594,14 @@ class Ledger(LedgerState):
         else:
             first = next(filter(self._fits_idle, waiters.growing()), None)
         return None if first is None else (first, False)
+
+    def _first_when_closed(self) -> Request | None:
+        """Give the only one who may draw on the pool: of the grant that has it, or a barrier."""
+        if self._exclusive is None:
+            return self.waiters.first_barrier()
+        queue = self._exclusive.queue
+        first = next(iter(queue.grows), None) if queue is not None else None
+        return first if first is not None and first.exclusive else None
 
     def _fits_idle(self, request: Request) -> bool:
         """Whether a head fits without drift, and nobody holds any of the pool besides it."""

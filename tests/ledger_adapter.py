@@ -164,11 +164,11 @@ class LedgerAdapter:
     def _ask_nowait(self, request: Request) -> Outcome:
         ticket = request.owner[0]
         try:
-            self.ledger.request_nowait(request)
+            others = self.ledger.request_nowait(request)
         except (GrantTooLarge, QuotaExceeded):
             return Outcome("refused")
         self.waiting[ticket] = request
-        return self._outcome([request])._replace(status="admitted")
+        return self._outcome([request, *others])._replace(status="admitted")
 
     def _outcome(self, settled: list[Request] | tuple[()]) -> Outcome:
         admitted: list[Admission] = []

@@ -299,7 +299,7 @@ def test_memory_is_drawn_over_the_same_time_for_both():
         (died(), finished(), "bare it died, bounded every record arrived"),
         (finished(), finished(), "bare, it had enough memory"),
         (a_run(1.0, 9, status=1, errors="no such file"), finished(), "no such file"),
-        (died(), died(1, "MemoryError"), "bounded, it did not finish:\nMemoryError"),
+        (died(), died(status=1, errors="MemoryError"), "bounded, it did not finish:\nMemoryError"),
         (
             died(),
             a_run(1.0, 9, progress={"records": 200_000, "checksum": 8, "done": True}),

@@ -86,7 +86,7 @@ def test_bare_it_is_killed(cgroup: MemoryCgroup, run):
 @in_cgroup
 @runs
 def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run):
-    done = cgroup.run([*BOUNDED, *PIPELINE, "--stall=5"])
+    done = cgroup.run([*BOUNDED, *PIPELINE, "--stall=3"])
     assert_all_arrived(done, expected)
     assert cgroup.oom_kills == 0
     numbers = limiter_statistics(done)
@@ -99,26 +99,31 @@ def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run):
     assert 30 * MIB < peaks["write"] < LIMIT_BYTES / 2
 
 
-def run_under_data_limit(*argv: Any) -> subprocess.CompletedProcess[str]:
-    limited = ["/bin/sh", "-c", f'ulimit -d {LIMIT_BYTES // 1024} && exec "$@"', "sh"]
-    return subprocess.run(
-        [*limited, *argv], capture_output=True, text=True, timeout=120, check=False
-    )
+def under_data_limit(*argv: str) -> list[str]:
+    return ["/bin/sh", "-c", f'ulimit -d {LIMIT_BYTES // 1024} && exec "$@"', "sh", *argv]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no system but Linux enforces RLIMIT_DATA")
 @runs
 def test_bare_it_runs_out_of_memory_under_a_limit_of_the_data_segment(run):
-    done = run_under_data_limit(*BARE, *PIPELINE, "--stall=100")
-    assert done.returncode not in (0, -signal.SIGKILL)
-    assert done.returncode < 0 or "MemoryError" in done.stderr
-    assert 0 < lines(done.stdout)[-1]["records"] < RECORDS
+    command = under_data_limit(*BARE, *PIPELINE, "--stall=100")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            output, errors = child.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            # Now and then even the end of a thread fails, and Python waits for it for ever.
+            child.kill()
+            output, errors = child.communicate()
+    assert child.returncode != 0
+    assert b"MemoryError" in errors
+    assert 0 < lines(output.decode())[-1]["records"] < RECORDS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no system but Linux enforces RLIMIT_DATA")
 @runs
 def test_bounded_every_record_arrives_under_a_limit_of_the_data_segment(expected, run):
-    done = run_under_data_limit(*BOUNDED, *PIPELINE, "--stall=5")
+    command = under_data_limit(*BOUNDED, *PIPELINE, "--stall=3")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert_all_arrived(done, expected)
     numbers = limiter_statistics(done)
     assert numbers["limit_bytes"] == LIMIT_BYTES

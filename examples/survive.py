@@ -37,7 +37,7 @@ FLIGHTS = (
     str(HERE / "data" / "flights.csv.gz"),
     f"--join=carrier={HERE / 'data' / 'airlines.csv'}",
     f"--join=dest={HERE / 'data' / 'airports.csv'}",
-    "--stall=8",
+    "--stall=10",
     "--rate=16MB",
 )
 BARE = (sys.executable,)

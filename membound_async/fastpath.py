@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from weakref import ref
@@ -184,7 +184,7 @@ class GrantState:
 
     if TYPE_CHECKING:  # what MemoryGrant has
 
-        async def _acquire(self) -> Self: ...
+        def _acquire(self) -> Coroutine[Any, Any, Self]: ...
 
         def _release(self) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -75,15 +76,16 @@ class MemoryGrant(GrantState):
     ) -> None:
         self._release()
 
-    async def _acquire(self) -> Self:
+    def _acquire(self) -> Coroutine[Any, Any, Self]:
         if self._begin():
-            request = self._request()
-            try:
-                await self._component._limiter._acquire(request, self._timeout)
-            except BaseException:
-                self._state = NEW
-                raise
-            self._hold(request)
+            limiter = self._component._limiter
+            acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
+                self._request(), self._timeout, self
+            )
+            return acquiring
+        return self._held_already()
+
+    async def _held_already(self) -> Self:
         return self
 
     def _acquire_nowait(self) -> Self:

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
@@ -31,7 +31,7 @@ from .exceptions import (
     NoCurrentLimiter,
     UnknownComponent,
 )
-from .fastpath import Holders, LimiterState
+from .fastpath import NEW, Holders, LimiterState
 from .gauge import Gauge
 from .grant import MemoryGrant, make_grant
 from .limits import MemoryLimit, resolve
@@ -577,28 +577,34 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             return self._ledger.admit(account, nbytes)
 
-    async def _acquire(self, request: Request, timeout: float | None) -> None:
+    async def _acquire(
+        self, request: Request, timeout: float | None, grant: MemoryGrant | None = None
+    ) -> Any:
         """Wait until the request is admitted, and for the delay if there is pressure.
 
-        On any exception, a cancellation included, nothing is charged.
+        On any exception, a cancellation included, nothing is charged. It is one coroutine
+        from the first step to the last, because there is one for each waiter.
+
+        Args:
+            request: what to put to the ledger.
+            timeout: how long to wait, in seconds.
+            grant: who takes over what was charged.
+
+        Returns:
+            The grant.
         """
-        loop = self._bind()
-        now = self._now()
-        if now >= self._yield_at:
-            self._has_yielded(now)  # already now, or all who come meanwhile would yield too
-            await anyio.lowlevel.checkpoint()
-            now = self._now()
-            self._has_yielded(now)
-        self._sample_if_due(request.nbytes, now)
-        with self._lock:
-            settled = self._ask(request, now)
-            if request.state is State.WAITING:
-                request.owner = loop.place()
-                request.asked_at = now
-        self._wake(settled)
+        now = 0.0
         try:
+            self._bind()
+            now = self._now()
+            if now >= self._yield_at:
+                self._has_yielded(now)  # already now, or all who come meanwhile would yield too
+                await anyio.lowlevel.checkpoint()
+                now = self._now()
+                self._has_yielded(now)
+            self._sample_if_due(request.nbytes, now)
+            self._submit(request, now)
             if request.owner is not None:
-                self._arm(loop)
                 if timeout is None:
                     await request.owner
                 else:
@@ -606,14 +612,17 @@ class MemoryLimiter(LimiterState):
                         await request.owner
                 self._waited(request, now)
                 self._has_yielded(self._now())
-            if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
-                delay = self._delay
-                self._add(self._delay_seconds, request.account, delay)
-                await anyio.sleep(delay)
+            if self._delay:
+                await anyio.sleep(self._delay_of(request))
         except BaseException:
             self._withdraw(request, now)
+            if grant is not None:
+                grant._state = NEW
             raise
         request.owner = None
+        if grant is not None:
+            grant._hold(request)
+        return grant
 
     def _acquire_nowait(self, request: Request) -> None:
         """Admit the request now or raise ``QuotaExceeded``; never waits and is not delayed."""
@@ -639,29 +648,46 @@ class MemoryLimiter(LimiterState):
                 "`async with`"
             )
         clock = time.monotonic
-        started = clock()
-        self._sample_if_due(request.nbytes, self._now())
-        with self._lock:
-            settled = self._ask(request, self._now())
-            if request.state is State.WAITING:
-                request.owner = ThreadPlace()
-                request.asked_at = self._now()
-        self._wake(settled)
+        deadline = math.inf if timeout is None else clock() + timeout
+        now = self._now()
+        self._sample_if_due(request.nbytes, now)
         try:
+            self._submit(request, now, ThreadPlace)
             if request.owner is not None:
-                deadline = math.inf if timeout is None else started + timeout
                 while not request.owner.wait(min(self._interval(), max(0.0, deadline - clock()))):
                     if request.state is State.WAITING and clock() >= deadline:
                         break
                     self._look()
-                self._waited(request, request.asked_at)
-            if request.pooled and request.kind is Kind.GRANT and self._delay and not self._observe:
-                self._add(self._delay_seconds, request.account, self._delay)
-                time.sleep(self._delay)
+                self._waited(request, now)
+            if delay := self._delay_of(request):
+                time.sleep(delay)
         except BaseException:
-            self._withdraw(request, request.asked_at)
+            self._withdraw(request, now)
             raise
         request.owner = None
+
+    def _submit(
+        self, request: Request, now: float, place: Callable[[], object] | None = None
+    ) -> None:
+        """Put the request to the ledger; if it has to wait, it has an owner then."""
+        with self._lock:
+            settled = self._ask(request, now)
+            if request.state is State.WAITING:
+                request.asked_at = now
+                if place is not None:
+                    request.owner = place()
+                elif self._loop is not None:
+                    request.owner = self._loop.place()
+                    self._arm(self._loop)
+        self._wake(settled)
+
+    def _delay_of(self, request: Request) -> float:
+        """Give how long an admitted request is held back, and note it."""
+        delay = self._delay
+        if not delay or self._observe or not request.pooled or request.kind is not Kind.GRANT:
+            return 0.0
+        self._add(self._delay_seconds, request.account, delay)
+        return delay
 
     def _ask(self, request: Request, now: float) -> list[Request]:
         """Put the request to the ledger; with the lock held."""

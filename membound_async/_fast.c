@@ -457,18 +457,12 @@ static PyObject *itself(PyObject *self)
     return Py_NewRef(self);
 }
 
-static PySendResult over_send(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(value), PyObject **result)
-{
-    *result = Py_NewRef(Py_None);
-    return PYGEN_RETURN;
-}
-
 static PyObject *over_next(PyObject *Py_UNUSED(self))
 {
     return NULL; /* which is StopIteration, if there is no other exception */
 }
 
-static PyAsyncMethods over_async = {.am_await = itself, .am_send = over_send};
+static PyAsyncMethods over_async = {.am_await = itself};
 
 static PyTypeObject Over_Type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "membound_async._fast.Over",
@@ -485,14 +479,14 @@ static struct {
 
 /* --- the grant --------------------------------------------------------------------------- */
 
-static PyObject *grant_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static int grant_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"component", "nbytes", "options", NULL};
     PyObject *component, *nbytes, *options = Py_None;
     int overflow;
     if (!PyArg_ParseTupleAndKeywords(
             args, kwargs, "OO|O:MemoryGrant", names, &component, &nbytes, &options)) {
-        return NULL;
+        return -1;
     }
     long long wanted =
         PyLong_CheckExact(nbytes) ? PyLong_AsLongLongAndOverflow(nbytes, &overflow) : -1;
@@ -501,16 +495,14 @@ static PyObject *grant_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         wanted = size == NULL ? -1 : PyLong_AsLongLong(size);
         Py_XDECREF(size);
         if (wanted == -1 && PyErr_Occurred()) {
-            return NULL;
+            return -1;
         }
     }
-    Grant *self = (Grant *)type->tp_alloc(type, 0);
-    if (self != NULL) {
-        self->component = Py_NewRef(component);
-        self->options = Py_NewRef(options);
-        self->wanted = wanted;
-    }
-    return (PyObject *)self;
+    Grant *grant = (Grant *)self;
+    Py_XSETREF(grant->component, Py_NewRef(component));
+    Py_XSETREF(grant->options, Py_NewRef(options));
+    grant->wanted = wanted;
+    return 0;
 }
 
 /* What to await: had at once, the grant itself; else the coroutine that gets it. */
@@ -541,12 +533,6 @@ static PyObject *grant_await(PyObject *self)
     }
     Py_XDECREF(awaitable);
     return iterator;
-}
-
-static PySendResult grant_send(PyObject *self, PyObject *Py_UNUSED(value), PyObject **result)
-{
-    *result = Py_NewRef(self);
-    return PYGEN_RETURN;
 }
 
 static PyObject *grant_next(PyObject *self)
@@ -616,13 +602,14 @@ static PyMethodDef grant_methods[] = {
     {NULL},
 };
 
-static PyAsyncMethods grant_async = {.am_await = grant_await, .am_send = grant_send};
+static PyAsyncMethods grant_async = {.am_await = grant_await};
 
 static PyTypeObject Grant_Type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "membound_async._fast.GrantState",
     .tp_basicsize = sizeof(Grant),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-    .tp_new = grant_new,
+    .tp_new = PyType_GenericNew,
+    .tp_init = grant_init,
     .tp_traverse = grant_traverse,
     .tp_clear = grant_clear,
     .tp_finalize = grant_finalize,

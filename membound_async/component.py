@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from .limiter import MemoryLimiter
-    from .quota import Account
     from .statistics import ComponentStatistics
     from .streams import Batches
 

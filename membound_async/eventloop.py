@@ -130,7 +130,7 @@ class _TrioPlace:
             self.woken = True
             return trio.lowlevel.Abort.SUCCEEDED
 
-        yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()
+        yield from trio.lowlevel.wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105
 
 
 class _TrioHandle(Handle):

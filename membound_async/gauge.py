@@ -63,7 +63,7 @@ class Gauge:
         """
         try:
             measured = self._read()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- a probe is anybody's code
             self.failures += 1
             if self._failing_since is None:
                 self._failing_since = now

@@ -308,7 +308,12 @@ def grant(
     timeout: float | None = None,
     oversize: Literal["raise", "alone"] = "raise",
 ) -> MemoryGrant:
-    """Give a grant for the component whose code is running: ``async with grant(n): ...``.
+    """Give a grant for the component whose code is running.
+
+    ::
+
+        async with grant(65536): ...
+
 
     The component is the one named; else the one whose ``async with`` block this is; else
     ``root`` of the one limiter that the process has entered. With no limiter at all it

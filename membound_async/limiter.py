@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import anyio
 import anyio.lowlevel
@@ -49,8 +49,8 @@ from .settings import (
     parse_slop_factor,
     parse_switch,
 )
-from .stalls import StallWatch, describe_stall
 from .sizes import MAX_BYTES, format_size
+from .stalls import StallWatch, describe_stall
 from .statistics import ComponentStatistics, LimiterStatistics
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import Kind, Request, State
@@ -107,7 +107,7 @@ class MemoryLimiter(LimiterState):
         limit: int | str | None = None,
         *,
         slop_factor: float | None = None,
-        share: Fraction | float | int | None = None,
+        share: Fraction | float | None = None,
         baseline: int | str | None = None,
         probe: MemoryProbe | None = None,
         observe: bool | None = None,
@@ -347,7 +347,7 @@ class MemoryLimiter(LimiterState):
         up_to: int | str | None = None,
         component: Component | str | None = None,
     ) -> MemoryGrant:
-        """Give a grant of this limiter that is held already; see ``membound_async.grant_nowait``."""
+        """Give a grant of this limiter that is held already; see ``grant_nowait``."""
         return make_grant(self._target(component), nbytes, up_to, None, "raise")._acquire_nowait()
 
     def _target(self, component: Component | str | None) -> Component:
@@ -473,8 +473,9 @@ class MemoryLimiter(LimiterState):
 
     def _let_go(self) -> None:
         """Let components that came by themselves be used with another limiter."""
+        held = self._count_grants()
         for component in self._adopted:
-            if not component._account.granted and not component._account.entries:
+            if not held[component._account] and not component._account.entries:
                 component._limiter = component._account = None
                 if self._components.get(component.path) is component:
                     del self._components[component.path]
@@ -756,9 +757,7 @@ class MemoryLimiter(LimiterState):
         """Give back what was queued by finalisers."""
         while self._abandoned:
             account, nbytes, exclusive = self._abandoned.popleft()
-            log().warning(
-                "membound.grant_leaked", component=account.name, granted_bytes=nbytes
-            )
+            log().warning("membound.grant_leaked", component=account.name, granted_bytes=nbytes)
             self._give_back(account, nbytes, exclusive=exclusive)
 
     def _wake(self, settled: Iterable[Request]) -> None:

@@ -416,8 +416,7 @@ class Ledger(LedgerState):
         """Whether it waits for its own component to give something back."""
         account = request.account
         return (
-            request.kind is not Kind.ENTER
-            and account.granted + request.nbytes > account.firm_limit
+            request.kind is not Kind.ENTER and account.granted + request.nbytes > account.firm_limit
         )
 
     def _oversize(self, request: Request) -> bool:
@@ -463,9 +462,7 @@ class Ledger(LedgerState):
             if not in_turn and self._oversize(request):
                 request.exclusive = True
                 self._exclusive = account
-            self._update(
-                account, account.granted + request.nbytes, account.reserved, account.live
-            )
+            self._update(account, account.granted + request.nbytes, account.reserved, account.live)
             account.peak = max(account.peak, account.granted)
             account.admissions += 1
             self.moved += request.nbytes

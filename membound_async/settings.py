@@ -134,13 +134,13 @@ def parse_switch(value: Any, name: str) -> bool:
 def parse_slop_factor(value: Any) -> float:
     """Give the slop factor that the value is or names, or raise ``InvalidLimit``."""
     try:
-        slop = float(value) if isinstance(value, str) else value
-        if not isinstance(slop, bool) and 0 <= slop < 1:
-            factor: float = slop
-            return factor
+        slop: float = float(value) if isinstance(value, str) else value
+        valid = not isinstance(slop, bool) and 0 <= slop < 1
     except (TypeError, ValueError):
-        pass
-    _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
+        valid = False
+    if not valid:
+        _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
+    return slop
 
 
 def parse_share(value: Any) -> Fraction:
@@ -164,7 +164,6 @@ def limit_size(value: int | str, name: str) -> int:
 
 def _refuse(name: str, value: object, remedy: str) -> NoReturn:
     raise InvalidLimit(f"{name}={value!r} (or MEMBOUND_{name.upper()}) makes no sense: {remedy}")
-
 
 
 def _check_at_least(name: str, value: object, least: float) -> None:

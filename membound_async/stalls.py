@@ -51,9 +51,7 @@ class StallWatch:
         return False
 
 
-def describe_stall(
-    ledger: Ledger, grants: Iterable[MemoryGrant], now: float
-) -> dict[str, Any]:
+def describe_stall(ledger: Ledger, grants: Iterable[MemoryGrant], now: float) -> dict[str, Any]:
     """Say who holds what since when, and who waits for what; bytes and seconds.
 
     Costs time in proportion to the number of grants and components.

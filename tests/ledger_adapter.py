@@ -96,9 +96,7 @@ class LedgerAdapter:
         return self._outcome(self.ledger.leave(self.ledger.accounts[component]))
 
     def set_live(self, component: str, live_bytes: int) -> Outcome:
-        return self._outcome(
-            self.ledger.set_live(self.ledger.accounts[component], live_bytes)
-        )
+        return self._outcome(self.ledger.set_live(self.ledger.accounts[component], live_bytes))
 
     def observe(self, measured_bytes: int) -> Outcome:
         pressed = measured_bytes > THRESHOLD * self.ledger.limit

@@ -629,10 +629,12 @@ class Model:
                     waiter.bypassed_bytes = 0
                 if waiter.is_firm_blocked:
                     waiter.is_barrier = False
-                elif waiter.bypassed_bytes > self.bypass_limit_bytes:
+                elif (
+                    waiter.bypassed_bytes > self.bypass_limit_bytes
                     # Past a grow that is parked it would only take what that needs.
-                    if not any(grow.is_firm_blocked for grow in component.grows[:1]):
-                        waiter.is_barrier = True
+                    and not any(grow.is_firm_blocked for grow in component.grows[:1])
+                ):
+                    waiter.is_barrier = True
 
     def _remove(self, waiter: Waiter) -> None:
         for queue in (waiter.component.grows, waiter.component.queue):

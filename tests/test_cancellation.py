@@ -7,7 +7,7 @@ must be as it was in the beginning.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -19,8 +19,8 @@ from membound_async import (
     LimiterSettings,
     MemoryLimiter,
     PressurePolicy,
-
-
+    bounded,
+    create_memory_stream,
     testing,
 )
 from membound_async.testing import ScriptedProbe
@@ -69,22 +69,29 @@ async def nested(limiter: MemoryLimiter) -> None:
             await anyio.lowlevel.checkpoint()
 
 
+async def halves(item: bytes) -> AsyncIterator[bytes]:
+    yield item[:75]
+    yield item[75:]
+
+
 async def streamed(limiter: MemoryLimiter) -> None:
     send, receive = create_memory_stream[bytes](component=limiter.component("a"))
-    async with anyio.create_task_group() as tasks:
+    async with send, receive, anyio.create_task_group() as tasks:
 
         async def produce() -> None:
-            async with send:
-                for _ in range(3):
-                    await send.send(bytes(300))
+            for _ in range(3):
+                await send.send(bytes(150))
+            send.close()
 
         tasks.start_soon(produce)
-        async with receive:
-            async for _ in bounded(receive, component=limiter.component("b")):
-                await anyio.lowlevel.checkpoint()
+        async for item in receive:
+            async with bounded(halves(item), component=limiter.component("b")) as parts:
+                async for part in parts:
+                    assert len(part) == 75
+                    await anyio.lowlevel.checkpoint()
 
 
-SCENARIOS = [contended, awaited, with_timeout, alone, entered, nested]
+SCENARIOS = [contended, awaited, with_timeout, alone, entered, nested, streamed]
 
 
 async def rival(limiter: MemoryLimiter) -> None:
@@ -120,9 +127,7 @@ async def cancelled_after(steps: int, scenario: Scenario, limiter: MemoryLimiter
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 async def test_cancelled_at_every_step(scenario: Scenario, delay: float) -> None:
     settings = LimiterSettings(
-        pressure=PressurePolicy(
-            threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay
-        )
+        pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay)
     )
     cancelled, steps = True, 0
     while cancelled:

@@ -13,7 +13,7 @@ from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.grant import MemoryGrant
 from membound_async.sizes import MAX_BYTES, parse_size, size_of
 
-from .charges import Charge, check_count, measure
+from .charges import Charge, available_to, check_count, measure
 from .items import NOTHING, OneConsumer, close
 from .memory import MemoryReceiveStream
 
@@ -99,6 +99,8 @@ class Batches(OneConsumer[list[T]]):
         else:
             await self._reader.fill()
             self._reader.stop_timer()
+        if self._closed:
+            raise StopAsyncIteration
         items, self._held = self._batch.take()
         return items
 
@@ -145,7 +147,6 @@ class _Batch(Generic[T]):
         self._own: MemoryGrant | None = None
         self._room = 0
         """How much of its own grant no item uses yet."""
-        self._step = _STEP_BYTES
         self._item: Any = NOTHING
         """What was read but is in no list yet, its size, and the charge it came with."""
         self._nbytes = 0
@@ -169,7 +170,9 @@ class _Batch(Generic[T]):
                         self._nbytes = nbytes
                         self._item = item
                     elif not await self._receive(stream):
-                        break
+                        if self._items:
+                            break
+                        continue  # the list was taken meanwhile, so there is nothing to let go
                 except Exception as error:  # noqa: BLE001
                     self._drop_charge()
                     self._error = error
@@ -227,37 +230,36 @@ class _Batch(Generic[T]):
 
     async def _begin(self) -> None:
         nbytes = self._nbytes
-        more = min(nbytes, self._step) if self._max_items > 1 else 0
-        options = (min(nbytes + more, MAX_BYTES), None, False) if more else None
+        up_to = nbytes + self._advance(nbytes)
+        options = (up_to, None, False) if up_to > nbytes else None
         self._own = await Charge(self._component, nbytes, options)
         self._room = self._own.size - nbytes
         self._charges.append(self._own)
 
     def _grow(self) -> bool:
-        """Get more room without waiting: in steps, so that few items have to ask."""
+        """Get room for the item without waiting; False if there is none."""
         missing = self._nbytes - self._room
         if missing > 0:
-            own = self._own
-            if own is None:
-                own = Charge(self._component, 0)._acquire_nowait()
-                self._own = own
-                self._charges.append(own)
-            step = min(own.size, self._step)
-            if step > missing:
-                try:
-                    own.grow_nowait(step)
-                except (QuotaExceeded, GrantTooLarge):
-                    self._step = 0
-                else:
-                    self._room += step - self._nbytes
-                    return True
             try:
-                own.grow_nowait(missing)
+                if self._own is None:
+                    self._own = Charge(self._component, 0)._acquire_nowait()
+                    self._charges.append(self._own)
+                more = max(missing, self._advance(self._own.size))
+                self._own.grow_nowait(more)
             except (QuotaExceeded, GrantTooLarge):
                 return False
-            self._room += missing
+            self._room += more
         self._room -= self._nbytes
         return True
+
+    def _advance(self, used: int) -> int:
+        """Say how much more to ask for, in advance, so that few items have to ask.
+
+        A batch that lasts asks for twice as much each time; never for what others may miss.
+        """
+        if self._max_items == 1:
+            return 0
+        return int(min(used, _STEP_BYTES, available_to(self._component) // 64))
 
     def _drop_charge(self) -> None:
         if self._charge is not None:
@@ -269,12 +271,13 @@ class _Batch(Generic[T]):
         if not self._items:
             self.complete = False
             error, self._error = self._error, None
-            raise error or StopAsyncIteration  # closed meanwhile
+            assert error is not None
+            raise error
         if self._room and self._own is not None:
             self._own.shrink(self._room)
         taken = self._items, self._charges
         self._items, self._charges, self._own = [], [], None
-        self._room, self._step = 0, _STEP_BYTES
+        self._room = 0
         self.complete = self._error is not None
         return taken
 

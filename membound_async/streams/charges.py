@@ -13,7 +13,7 @@ from membound_async.sizes import MAX_BYTES, parse_size
 if TYPE_CHECKING:
     from membound_async.component import Component
 
-__all__ = ["Charge", "check_count", "measure"]
+__all__ = ["Charge", "available_to", "check_count", "measure"]
 
 
 class Charge(MemoryGrant):
@@ -35,6 +35,16 @@ class Charge(MemoryGrant):
             MemoryGrant._release(self)
         else:
             limiter._abandon(component._account, self._size, self._state == ALONE)
+
+
+def available_to(component: Component) -> float:
+    """Give the most bytes that a component could have now, without waiting."""
+    node = component._resolve()
+    limiter = node._limiter
+    if limiter._observe:
+        return math.inf
+    available: int = limiter._ledger.available(node._account)
+    return available
 
 
 def measure(size: Callable[[Any], int], item: object) -> int:

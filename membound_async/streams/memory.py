@@ -22,7 +22,7 @@ from membound_async.limiter import current_limiter
 from membound_async.sizes import size_of
 from membound_async.waiters import Request
 
-from .charges import Charge, check_count, measure
+from .charges import Charge, available_to, check_count, measure
 
 if TYPE_CHECKING:
     from membound_async.component import Component
@@ -142,14 +142,14 @@ class _Channel(Generic[T]):
         while True:
             lacks_memory = False
             if sender is next(iter(self.senders)) and len(self.buffer) < self.max_items:
-                if not self.in_flight:
-                    with self._dry(self._available(component) < nbytes):
-                        return await self._ask(component, nbytes)
                 if self._leaves_room(component, nbytes):
                     try:
                         return await self._ask(component, nbytes, timeout=0.0)
                     except GrantTimeout:
                         pass  # somebody else was faster
+                if not self.in_flight:
+                    with self._dry(True):
+                        return await self._ask(component, nbytes)
                 self._check_possible(component, nbytes)
                 lacks_memory = True
             sender.called = anyio.Event()
@@ -163,7 +163,7 @@ class _Channel(Generic[T]):
         component = self._receiving()
         if self.senders or len(self.buffer) >= self.max_items:
             raise anyio.WouldBlock
-        if self.in_flight and not self._leaves_room(component, nbytes):
+        if not self._leaves_room(component, nbytes):
             self._check_possible(component, nbytes)
             raise anyio.WouldBlock
         try:
@@ -192,16 +192,8 @@ class _Channel(Generic[T]):
         return (await _InFlight(component, nbytes, options)).sent_into(self)
 
     def _leaves_room(self, component: Component, nbytes: int) -> bool:
-        return self.in_flight + 2 * nbytes <= self._available(component)
-
-    @staticmethod
-    def _available(component: Component) -> float:
-        """Give the most that the component could have now, without waiting."""
-        limiter = component._limiter
-        if limiter._observe:
-            return math.inf
-        available: int = limiter._ledger.available(component._account)
-        return available
+        wanted = self.in_flight + 2 * nbytes if self.in_flight else nbytes
+        return wanted <= available_to(component)
 
     @staticmethod
     def _check_possible(component: Component, nbytes: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from membound_async import MemoryLimiter, grant
+from membound_async import MemoryLimiter, fastpath, grant
 
 Candidate = Callable[[int], Awaitable[None]]
 
@@ -67,10 +67,11 @@ async def main() -> None:
             for name, run in contestants.items():
                 started = time.perf_counter()
                 await run(options.loops)
-                seconds = time.perf_counter() - started
+                took = time.perf_counter() - started
                 done = options.loops // 10 if "Capacity" in name else options.loops
-                rounds.setdefault(name, []).append(seconds / done)
-    print(f"Python {sys.version.split()[0]}, asyncio, {options.rounds} rounds")
+                rounds.setdefault(name, []).append(took / done)
+    path = "the extension" if fastpath.EXTENSION else "pure Python"
+    print(f"Python {sys.version.split()[0]}, asyncio, {path}, {options.rounds} rounds")
     for name, seconds in rounds.items():
         ratios = [
             statistics.median(a / b for a, b in zip(seconds, rounds[peer], strict=True))

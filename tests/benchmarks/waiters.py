@@ -19,7 +19,7 @@ import sys
 import time
 import tracemalloc
 
-from membound_async import MemoryLimiter
+from membound_async import MemoryGrant, MemoryLimiter, fastpath
 from membound_async.testing import ScriptedProbe
 
 PARALLEL = 100
@@ -66,6 +66,7 @@ async def measure(waiters: int, components: int) -> int:
         async with parts[number % components].grant(1000):
             pass
 
+    blocker: MemoryGrant | None = None
     if components:
         limiter = MemoryLimiter(10**9, slop_factor=0, baseline=0, probe=ScriptedProbe(0), share=1)
         blocker = await limiter.component("blocker").grant(10**9)
@@ -81,7 +82,7 @@ async def measure(waiters: int, components: int) -> int:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    if components:
+    if blocker is not None:
         blocker.release()
     return size
 
@@ -101,7 +102,8 @@ async def main() -> None:
     if options.measure is not None:
         print(await measure(options.waiters, options.measure))
         return
-    print(f"Python {sys.version.split()[0]}, asyncio, {options.rounds} rounds")
+    path = "the extension" if fastpath.EXTENSION else "pure Python"
+    print(f"Python {sys.version.split()[0]}, asyncio, {path}, {options.rounds} rounds")
     for waiters in (options.waiters // 10, options.waiters):
         for components in (1, 100, 10_000):
             seconds, ratios = [], []
@@ -119,7 +121,8 @@ async def main() -> None:
         beside = memory(options.waiters, components) - tasks_alone
         print(
             f"{options.waiters:7} waiters over {components:6} components: "
-            f"{beside / 1e6:5.1f} MB beside the tasks, {beside / options.waiters:4.0f} bytes a waiter"
+            f"{beside / 1e6:5.1f} MB beside the tasks, "
+            f"{beside / options.waiters:4.0f} bytes a waiter"
         )
 
 

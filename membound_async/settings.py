@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -133,12 +134,11 @@ def parse_switch(value: Any, name: str) -> bool:
 
 def parse_slop_factor(value: Any) -> float:
     """Give the slop factor that the value is or names, or raise ``InvalidLimit``."""
-    try:
-        slop: float = float(value) if isinstance(value, str) else value
-        valid = not isinstance(slop, bool) and 0 <= slop < 1
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
+    slop = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            slop = float(value)
+    if not 0 <= slop < 1:
         _refuse("slop_factor", value, "use a number of at least 0 and below 1, for example 0.15")
     return slop
 

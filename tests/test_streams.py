@@ -307,7 +307,12 @@ async def test_bounded_wants_to_know_sizes() -> None:
     assert granted(a) == 0
     assert await anext(items) == bytes(5)
     await items.aclose()
-    for size, error in ((-1, ValueError), (1.5, TypeError), (True, TypeError), (2**53 + 1, ValueError)):
+    for size, error in (
+        (-1, ValueError),
+        (1.5, TypeError),
+        (True, TypeError),
+        (2**53 + 1, ValueError),
+    ):
         items = bounded(Source[object]("x"), size=lambda _, size=size: size, component=a)  # type: ignore[misc]
         with pytest.raises(error, match=r"size\(item\)"):
             await anext(items)
@@ -438,13 +443,12 @@ async def test_a_batch_waits_for_the_memory_of_its_first_item() -> None:
     limiter = testing.limiter(1000)
     a, b = limiter.component("a"), limiter.component("b")
     batches = a.batches(Source(bytes(400), bytes(50)))
-    async with anyio.create_task_group() as tasks:
-        async with b.grant(450):
-            tasks.start_soon(anext, batches)  # type: ignore[arg-type]
-            await steps(5)
-            assert limiter.statistics().waiting == 1
-            assert granted(a) == 0
-            tasks.cancel_scope.cancel()
+    async with anyio.create_task_group() as tasks, b.grant(450):
+        tasks.start_soon(anext, batches)  # type: ignore[arg-type]
+        await steps(5)
+        assert limiter.statistics().waiting == 1
+        assert granted(a) == 0
+        tasks.cancel_scope.cancel()
     assert limiter.statistics().waiting == 0
     assert [len(item) for item in await anext(batches)] == [400, 50]
     await batches.aclose()
@@ -1057,9 +1061,7 @@ async def test_a_sender_that_waits_for_memory_hears_of_closing() -> None:
             send, receive = create_memory_stream[bytes](component=a)
             told: list[type[Exception]] = []
 
-            async def attempt(
-                send: MemorySendStream[bytes], told: list[type[Exception]]
-            ) -> None:
+            async def attempt(send: MemorySendStream[bytes], told: list[type[Exception]]) -> None:
                 try:
                     await send.send(bytes(300))
                 except Exception as error:  # noqa: BLE001

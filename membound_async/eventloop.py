@@ -12,6 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class EventLoop(ABC):
 
     @abstractmethod
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> Handle:
-        """Run an async function, which must not raise, in a task of its own."""
+        """Run an async function, which must not raise, in a task with a copy of this context."""
 
     @property
     @abstractmethod
@@ -182,7 +183,7 @@ class _TrioLoop(EventLoop):
             with handle.scope:
                 await function()
 
-        self._trio.lowlevel.spawn_system_task(run)
+        self._trio.lowlevel.spawn_system_task(run, context=copy_context())
         return handle
 
     @property

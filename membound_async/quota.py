@@ -26,13 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
-from itertools import islice
 
 from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
 from .fastpath import NO_LIMIT, AccountState, LedgerState
-from .waiters import READY, Kind, Queue, Request, State, Waiters, rank_of
+from .waiters import Kind, Queue, Request, State, Waiters
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
+
+READY = -1
+"""What must be free for a request that draws nothing from the pool: below every threshold."""
 
 
 class Account(AccountState):
@@ -227,7 +229,6 @@ class Ledger(LedgerState):
             free = self.free
             if self._closed or self._q * (held + draw) > self._p * (free + held):
                 return False
-            self.waiters.passed_bytes += draw
             excess = (granted if granted > account.live else account.live) - account.reserved
             self.free = free = free + held - (excess if excess > 0 else 0)
             if free < self._lowest_free:
@@ -272,11 +273,12 @@ class Ledger(LedgerState):
             account.refusals += 1
             raise error
         self._charge(request)
-        return self._dispatch()
+        return self._dispatch() if self.waiters.count else []
 
-    def force(self, request: Request) -> None:
-        """Charge a request whatever the rules say of it."""
+    def force(self, request: Request) -> list[Request]:
+        """Charge a request whatever the rules say of it; give others that are settled by it."""
         self._charge(request)
+        return self._changed(request.account)
 
     def cancel(self, request: Request) -> list[Request]:
         """Take back a request that waits; those behind it may come in."""
@@ -298,7 +300,9 @@ class Ledger(LedgerState):
         self.moved += nbytes
         if exclusive:
             self._exclusive = None
-            self._closed = self.waiters.barred
+            self._closed = bool(self.waiters.barriers)
+            if account.queue is not None:
+                account.queue.head().exclusive = False  # the grant's grow, if that waits
         return self._changed(account) if self.waiters.count else ()
 
     def lift(self, barrier: Request) -> list[Request]:
@@ -315,7 +319,7 @@ class Ledger(LedgerState):
         account = request.account
         name = account.name
         if request.kind is Kind.ENTER:
-            if account.minimum <= self.limit - self.baseline:
+            if account.entries or account.minimum <= self.limit - self.baseline:
                 return None
             return GrantTooLarge(
                 name, account.minimum, self.limit - self.baseline, "limit less baseline"
@@ -328,7 +332,7 @@ class Ledger(LedgerState):
             return None
         if most == account.firm_limit:
             reason = "its firm limit"
-        elif request.alone:
+        elif most > self.most(account):
             reason = "limit less baseline and the others' minimums"
         else:
             reason = f"a share of {self._p}/{self._q} of limit less baseline"
@@ -395,7 +399,7 @@ class Ledger(LedgerState):
         """``c`` of a request: what it would draw from the pool."""
         account = request.account
         if request.kind is Kind.ENTER:
-            return max(0, account.minimum - account.reserved - max(account.excess, 0))
+            return 0 if account.entries else max(0, account.minimum - account.excess)
         return self.draw(account, request.nbytes)
 
     def _needed_free(self, request: Request) -> int:
@@ -439,7 +443,7 @@ class Ledger(LedgerState):
             reason = "a request that has waited long goes first"
         elif self.measured >= self.limit:
             reason = "measured memory is at the limit"
-        elif self._oversize(request) or self.threshold(account, draw) > self.free:
+        elif self.threshold(account, draw) > self.free:
             reason = f"its share of what nobody else holds ({self.free} bytes are free)"
         else:
             return None
@@ -451,8 +455,9 @@ class Ledger(LedgerState):
         draw = self._need(request)
         request.state = State.ADMITTED
         if request.kind is Kind.ENTER:
+            if not account.entries:
+                self._update(account, account.granted, account.minimum, account.live)
             account.entries += 1
-            self._update(account, account.granted, account.minimum, account.live)
         else:
             if in_turn and request.up_to > request.nbytes:
                 most = max(-account.excess, 0) + (0 if self._closed else self._allowed(account))
@@ -506,43 +511,38 @@ class Ledger(LedgerState):
         else:
             head = next(iter(queue.grows or queue.requests))
         if self._over_firm(head):
-            head.rank = None
             waiters.stop_counting(head)
-            return
-        threshold = self._needed_free(head)
-        if head.rank is None or head.rank[0] != threshold:
-            waiters.rank(head, threshold)
-        if head.mark is None:
-            waiters.count_from_now(head)
+            waiters.unrank(head)
+        else:
+            waiters.start_counting(head)
+            waiters.rank(head, self._needed_free(head), account.granted - account.reserved)
 
     def _head_of_two(self, queue: Queue) -> Request:
-        """Choose between a waiting grow and a request; the other is not ranked, but counts."""
-        fronts = queue.fronts()
-        for front in fronts:
+        """Choose between a waiting grow and a request; the other is not ranked, but may count."""
+        waiters = self.waiters
+        grow, request = queue.fronts()
+        for front in (grow, request):
             if front.barrier and self._over_firm(front):
-                self.waiters.stop_counting(front)
+                waiters.stop_counting(front)
         head = queue.head()
-        assert head is not None
-        for front in fronts:
-            if front is not head:
-                front.rank = None
-                if front.mark is None:
-                    self.waiters.count_from_now(front)
+        other = request if head is grow else grow
+        waiters.unrank(other)
+        # Past a grow that waits for the firm limit it would only take what that needs.
+        if not other.barrier and (self._over_firm(other) or self._over_firm(grow)):
+            waiters.stop_counting(other)
+        else:
+            waiters.start_counting(other)
         return head
 
     def _bar_overdue(self) -> None:
         """Make barriers of the fronts that too much was granted past."""
         waiters = self.waiters
-        while (front := waiters.pop_overdue(self.bypass_limit)) is not None:
-            queue = front.account.queue
-            assert queue is not None
-            # Past a grow that waits for the firm limit it would only take what that needs.
-            if any(self._over_firm(first) for first in (front, *islice(queue.grows, 1))):
-                waiters.stop_counting(front)
-            else:
-                waiters.bar(front)
-                self._place(front.account)
-        self._closed = self._exclusive is not None or waiters.barred
+        counting = waiters.counting
+        least = waiters.passed_bytes - self.bypass_limit
+        while (front := counting.first()) is not None and counting[front] < least:
+            waiters.bar(front)
+            self._place(front.account)
+        self._closed = self._exclusive is not None or bool(waiters.barriers)
 
     def _dispatch(self) -> list[Request]:
         """Admit everybody whose turn it is."""
@@ -551,13 +551,13 @@ class Ledger(LedgerState):
         self._bar_overdue()
         while waiters.count and (turn := self._next()) is not None:
             request, in_turn = turn
-            if self._closed:
+            if self._closed:  # but a barrier is not in its own way
                 first = waiters.first_barrier()
                 self._closed = self._exclusive is not None or first not in (None, request)
             waiters.remove(request, State.ADMITTED)
             self._charge(request, in_turn=in_turn)
-            self._place(request.account)
             settled.append(request)
+            self._place(request.account)
             if request.kind is Kind.ENTER and waiters.alone:
                 settled += self._drop_impossible(self.accounts.values())
             self._bar_overdue()
@@ -566,57 +566,46 @@ class Ledger(LedgerState):
     def _next(self) -> tuple[Request, bool] | None:
         """Give who may come in next, and whether by the rule; None if nobody may.
 
-        Memory may fall only by working on, so when no grant out of the pool is held, the
-        first in order that fits into what is free without drift comes in against the rule;
-        likewise the grow of the only such grant.
+        Whoever draws nothing from the pool; else the grow of the grant that holds the pool
+        alone, if there is one; else the first barrier, if there is one; else the first in
+        order. Memory may fall only by working on, so when no grant out of the pool is held,
+        the first of these that fits into what is free without drift comes in against the
+        rule; likewise the grow of the only such grant.
         """
         waiters = self.waiters
-        first = waiters.smallest()
-        threshold = READY if first is None or first.rank is None else first.rank[0]
-        if first is not None and threshold == READY:
+        first = waiters.heads.first()
+        if first is not None and waiters.heads[first] == READY:
             return first, True
         if self._closed:
             first = self._first_when_closed()
-            if first is None:
-                return None
-            threshold = self._needed_free(first)
         if first is None:
             return None
-        if threshold <= self.free and not (first.alone and self._oversize(first)):
+        if waiters.heads[first] <= self.free:
             return first, True
-        if self._closed:
-            return (first, False) if self._fits_idle(first) else None
-        if self._held_of_pool(None) == 0:
-            first = min(filter(self._fits_idle, waiters.heads()), key=rank_of, default=None)
-        else:
-            first = next(filter(self._fits_idle, waiters.growing()), None)
-        return None if first is None else (first, False)
+        pooled = self._pooled()
+        if not self._closed:
+            first = waiters.growing.first() if pooled else waiters.heads.first_that(self._fits)
+        if first is None or not self._fits(first):
+            return None
+        own = max(0, first.account.granted - first.account.reserved)
+        return (first, False) if pooled == own <= first.held else None
 
     def _first_when_closed(self) -> Request | None:
         """Give the only one who may draw on the pool: of the grant that has it, or a barrier."""
         if self._exclusive is None:
             return self.waiters.first_barrier()
         queue = self._exclusive.queue
-        first = next(iter(queue.grows), None) if queue is not None else None
-        return first if first is not None and first.exclusive else None
-
-    def _fits_idle(self, request: Request) -> bool:
-        """Whether a head fits without drift, and nobody holds any of the pool besides it."""
-        account = request.account
+        first = queue.head() if queue is not None else None
         return (
-            self._need(request) <= self.free + self.drift
-            and not self._over_firm(request)
-            and account.granted - request.held <= account.reserved
-            and self._held_of_pool(account) == 0
+            first if first is not None and first.exclusive and first in self.waiters.heads else None
         )
 
-    def _held_of_pool(self, besides: Account | None) -> int:
-        """How much is granted out of the pool to the accounts, all or all but one."""
+    def _pooled(self) -> int:
+        """How much of the pool grants hold; live bytes beyond them are nobody's to release."""
         if self._tracked:
-            return sum(
-                max(0, account.granted - account.reserved)
-                for account in self.accounts.values()
-                if account is not besides
-            )
-        held = self.committed - self._reserved
-        return held if besides is None else held - max(0, besides.granted - besides.reserved)
+            return sum(max(0, each.granted - each.reserved) for each in self.accounts.values())
+        return self.committed - self._reserved
+
+    def _fits(self, request: Request) -> bool:
+        """Whether a head fits into what is free without drift, whatever its share."""
+        return self._need(request) <= self.free + self.drift

@@ -3,17 +3,17 @@
 Inside a component, grows of grants that are held go before new requests, because who holds
 something must be able to finish; otherwise first in, first out. Between components the head
 with the smallest threshold goes first. So that nobody starves, a request at the front of its
-queue counts the pool bytes that are granted past it; past a limit it becomes a *barrier*, and
+line counts the pool bytes that are granted past it; past a limit it becomes a *barrier*, and
 nobody else gets anything out of the pool until it is served.
 
-This module keeps that order and knows nothing else: thresholds are handed to it.
+This module keeps that order and knows nothing else: numbers are handed to it.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,7 @@ from .fastpath import WaitersState
 if TYPE_CHECKING:
     from .quota import Account
 
-__all__ = ["Kind", "Request", "State", "Waiters", "rank_of"]
-
-READY = -1
-"""The rank of a head that draws nothing from the pool: before every threshold."""
+__all__ = ["Kind", "Queue", "Ranking", "Request", "State", "Waiters"]
 
 
 class Kind(enum.Enum):
@@ -56,7 +53,7 @@ class Request:
         up_to: the most that is of use, at least ``nbytes``.
         held: of a grow, the bytes that the grant has already.
         alone: may exceed the quota, by holding the pool alone.
-        exclusive: was admitted so; of a grow, belongs to a grant that was.
+        exclusive: was admitted so; of a grow that waits, belongs to a grant that is.
         owner: whatever the caller wants to find again when the outcome is there.
     """
 
@@ -70,12 +67,10 @@ class Request:
         "exclusive",
         "held",
         "kind",
-        "mark",
         "nbytes",
         "out_of_turn",
         "owner",
         "pooled",
-        "rank",
         "state",
         "up_to",
     )
@@ -106,25 +101,15 @@ class Request:
         self.out_of_turn = False
         """Whether it was admitted against the rule, because nobody else held anything."""
         self.arrival = 0
-        self.mark: int | None = None
-        """Where the count of pool bytes stood when this came to the front, less what it had
-        counted before; None while it does not count."""
         self.bypassed = 0
-        """Pool bytes granted past it, while it does not count."""
+        """Pool bytes granted past it, as of when it stopped counting."""
         self.barrier = False
         self.asked_at = 0.0
         """When it was made, by the clock of whoever made it."""
-        self.rank: tuple[int, int, Request] | None = None
-
-
-def rank_of(head: Request) -> tuple[int, int]:
-    """Give what a ranked head is ordered by: its threshold, and when it came."""
-    assert head.rank is not None
-    return head.rank[:2]
 
 
 class Queue:
-    """The waiters of one account."""
+    """The waiters of one account; there is one only while anybody waits."""
 
     __slots__ = ("grows", "requests")
 
@@ -133,48 +118,101 @@ class Queue:
         self.requests: OrderedDict[Request, None] = OrderedDict()
 
     def line(self, request: Request) -> OrderedDict[Request, None]:
+        """Give the line in which that request stands, or would."""
         return self.grows if request.kind is Kind.GROW else self.requests
 
     def fronts(self) -> list[Request]:
         """Give the first grow and the first of the others, those that there are."""
         return [next(iter(line)) for line in (self.grows, self.requests) if line]
 
-    def head(self) -> Request | None:
-        """Give who is next: the older barrier, else the first grow, else the first other."""
+    def head(self) -> Request:
+        """Give who is next.
+
+        The grow of a grant that holds the pool alone; else the older barrier; else the first
+        grow; else the first of the others.
+        """
         fronts = self.fronts()
-        barriers = [request for request in fronts if request.barrier]
-        if barriers:
-            return min(barriers, key=lambda request: request.arrival)
-        return fronts[0] if fronts else None
+        barriers = [front for front in fronts if front.barrier]
+        if barriers and not fronts[0].exclusive:
+            return min(barriers, key=lambda front: front.arrival)
+        return fronts[0]
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.grows
         yield from self.requests
 
 
+class Ranking(dict["Request", int]):
+    """Requests by a number, the smallest first and of equals the oldest. O(log n) per change.
+
+    An entry that is out of date stays in the heap until it comes to the top; when such
+    entries outnumber the others, the heap is built anew.
+    """
+
+    __slots__ = ("_heap",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heap: list[tuple[int, int, Request]] = []
+
+    def put(self, request: Request, number: int) -> None:
+        """Rank a request by that number, whatever it was ranked by before."""
+        if self.get(request) != number:
+            self[request] = number
+            heap = self._heap
+            heappush(heap, (number, request.arrival, request))
+            if len(heap) > 2 * len(self) + 64:
+                self._rebuild()
+
+    def discard(self, request: Request) -> None:
+        """Take a request out, if it is there."""
+        if self.pop(request, None) is not None and len(self._heap) > 2 * len(self) + 64:
+            self._rebuild()
+
+    def first(self) -> Request | None:
+        """Give the first of all; None if there is nobody."""
+        heap = self._heap
+        while heap:
+            number, _, request = heap[0]
+            if self.get(request) == number:
+                return request
+            heappop(heap)
+        return None
+
+    def first_that(self, fits: Callable[[Request], bool]) -> Request | None:
+        """Give the first of those that fit, by looking at all: O(n)."""
+        return min(filter(fits, self), key=lambda each: (self[each], each.arrival), default=None)
+
+    def _rebuild(self) -> None:
+        self._heap = [(number, request.arrival, request) for request, number in self.items()]
+        heapify(self._heap)
+
+
 class Waiters(WaitersState):
     """All requests that wait, in order. O(log K) per change for K accounts that have any.
-
-    Heaps hold entries that are out of date until they come to the top; they are rebuilt
-    when such entries outnumber the others.
 
     Attributes:
         count: how many wait.
         alone: how many of them may have the pool alone.
-        passed_bytes: pool bytes granted so far, to anybody; what fronts count by.
+        passed_bytes: pool bytes granted so far, at least while anybody waited; what fronts
+            count by.
+        heads: who is next in each account, unless it waits for its account, by the bytes
+            that must be free for it.
+        growing: those heads that are grows, by what their accounts hold of the pool, the most
+            first.
+        counting: fronts by where ``passed_bytes`` stood when they began to count.
+        barriers: fronts that too much was granted past, by arrival.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.alone = 0
         self.passed_bytes = 0
+        self.heads = Ranking()
+        self.growing = Ranking()
+        self.counting = Ranking()
+        self.barriers = Ranking()
         self._arrivals = 0
-        self._queues = 0
-        self._ranks: list[tuple[int, int, Request]] = []
-        self._growing: dict[Request, None] = {}
-        self._ages: list[tuple[int, int, Request]] = []
-        self._barriers: list[tuple[int, Request]] = []
-        self._barrier_count = 0
 
     def add(self, request: Request) -> bool:
         """Put a request at the end of its line; of an exclusive grant, at its front.
@@ -185,16 +223,15 @@ class Waiters(WaitersState):
         queue = request.account.queue
         if queue is None:
             queue = request.account.queue = Queue()
-            self._queues += 1
         self._arrivals += 1
         request.arrival = self._arrivals
         request.state = State.WAITING
         line = queue.line(request)
+        if request.exclusive and line:
+            self._step_back(next(iter(line)))
         line[request] = None
         if request.exclusive:
             line.move_to_end(request, last=False)
-        if request.kind is Kind.GROW:
-            self._growing[request] = None
         self.count += 1
         self.alone += request.alone
         return request.exclusive or len(line) == 1
@@ -205,101 +242,61 @@ class Waiters(WaitersState):
         queue = account.queue
         assert queue is not None
         del queue.line(request)[request]
-        self._growing.pop(request, None)
         if not queue.grows and not queue.requests:
             account.queue = None
-            self._queues -= 1
         self.count -= 1
         self.alone -= request.alone
         request.state = state
-        request.rank = None
-        request.mark = None
-        self._unbar(request)
+        self._step_back(request)
 
-    # --- ranks: the order between components
+    def _step_back(self, request: Request) -> None:
+        """Forget what a request was as the first of its line, but for its count."""
+        self.unrank(request)
+        self.stop_counting(request)
 
-    def rank(self, head: Request, threshold: int) -> None:
-        """Rank the head of a queue; whoever of that queue was ranked before is not any more."""
-        if head.rank is not None and head.rank[0] == threshold:
-            return
-        head.rank = (threshold, head.arrival, head)
-        heappush(self._ranks, head.rank)
-        if len(self._ranks) > 2 * self._queues + 64:
-            self._ranks = [entry for entry in self._ranks if entry[2].rank is entry]
-            heapify(self._ranks)
+    # --- the order between components
 
-    def smallest(self) -> Request | None:
-        """Give the ranked head with the smallest threshold, the oldest of equals."""
-        ranks = self._ranks
-        while ranks and ranks[0][2].rank is not ranks[0]:
-            heappop(ranks)
-        return ranks[0][2] if ranks else None
+    def rank(self, head: Request, needed_free_bytes: int, held_bytes: int) -> None:
+        """Rank the head of a queue, whose account holds so much of the pool."""
+        self.heads.put(head, needed_free_bytes)
+        if head.kind is Kind.GROW:
+            self.growing.put(head, -held_bytes)
 
-    def heads(self) -> Iterator[Request]:
-        """Give all ranked heads, in no order."""
-        return (entry[2] for entry in self._ranks if entry[2].rank is entry)
+    def unrank(self, request: Request) -> None:
+        """Leave a request out of the order between components: it is not its turn."""
+        if request in self.heads:
+            self.heads.discard(request)
+            if request.kind is Kind.GROW:
+                self.growing.discard(request)
 
-    def growing(self) -> Iterator[Request]:
-        """Give the ranked heads that are grows, in the order in which they came first."""
-        return (front for front in self._growing if front.rank is not None)
+    # --- bytes granted past a front, and barriers
 
-    # --- ages: bytes granted past a front
-
-    def count_from_now(self, front: Request) -> None:
-        """Let a front that does not count go on counting what is granted past it."""
-        front.mark = self.passed_bytes - front.bypassed
-        heappush(self._ages, (front.mark, front.arrival, front))
-        if len(self._ages) > 4 * self._queues + 64:
-            self._ages = [entry for entry in self._ages if entry[2].mark == entry[0]]
-            heapify(self._ages)
+    def start_counting(self, front: Request) -> None:
+        """Let a front that is no barrier count what is granted past it from now on."""
+        if not front.barrier and front not in self.counting:
+            self.counting.put(front, self.passed_bytes - front.bypassed)
 
     def stop_counting(self, front: Request) -> None:
         """Keep a front's count as it stands; it is no barrier while it does not count."""
-        if front.mark is not None:
-            front.bypassed = self.passed_bytes - front.mark
-            front.mark = None
-        self._unbar(front)
-
-    def pop_overdue(self, bypass_limit_bytes: int) -> Request | None:
-        """Give a front that has been passed by more than the limit, each but once."""
-        ages = self._ages
-        while ages:
-            mark, _, front = ages[0]
-            if front.mark == mark and not front.barrier:
-                if self.passed_bytes - mark <= bypass_limit_bytes:
-                    return None
-                heappop(ages)
-                return front
-            heappop(ages)
-        return None
-
-    # --- barriers
+        if front in self.counting:
+            front.bypassed = self.passed_bytes - self.counting[front]
+            self.counting.discard(front)
+        elif front.barrier:
+            front.barrier = False
+            self.barriers.discard(front)
 
     def bar(self, front: Request) -> None:
-        """Make a front a barrier."""
+        """Make a front that counts a barrier."""
+        self.stop_counting(front)
         front.barrier = True
-        self._barrier_count += 1
-        heappush(self._barriers, (front.arrival, front))
+        self.barriers.put(front, front.arrival)
 
     def lift(self, barrier: Request) -> None:
         """Make a barrier an ordinary front again, which counts from 0."""
-        self._unbar(barrier)
+        self.stop_counting(barrier)
         barrier.bypassed = 0
-        self.count_from_now(barrier)
-
-    def _unbar(self, request: Request) -> None:
-        if request.barrier:
-            request.barrier = False
-            self._barrier_count -= 1
-
-    @property
-    def barred(self) -> bool:
-        """Whether there is a barrier."""
-        return self._barrier_count > 0
+        self.start_counting(barrier)
 
     def first_barrier(self) -> Request | None:
         """Give the barrier that arrived first."""
-        barriers = self._barriers
-        while barriers and not barriers[0][1].barrier:
-            heappop(barriers)
-        return barriers[0][1] if barriers else None
+        return self.barriers.first()

@@ -2,9 +2,10 @@
 
     python -m tests.fuzz_ledger --steps 1000000 --seed 1
 
-stops at the first step at which they differ, and prints the seed, what each of them said
-and the shortest list of operations found that still shows it, as a program to paste into a
-test. Limits are small, so that everything contends with everything.
+stops at the first step at which they differ or a promise of the semantics page is broken, and
+prints the seed, what each of them said and the shortest list of operations found that still
+shows it, as a program to paste into a test. Limits are small, so that everything contends
+with everything; at the end of an episode all is given back, and must be free again.
 
 An operation is a tuple of a method's name and its arguments; its tickets are numbers that
 the driver chose, so a list stays meaningful when operations are taken out of it.
@@ -23,7 +24,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from tests.model import Core, Grant, Model, Outcome
+from tests.model import Component, Core, Grant, Model, Outcome, Waiter
 
 __all__ = [
     "Config",
@@ -31,6 +32,7 @@ __all__ = [
     "Difference",
     "Operation",
     "SideBySide",
+    "check_promises",
     "fuzz",
     "is_growing",
     "load_factory",
@@ -48,7 +50,7 @@ SHARES = tuple(map(Fraction, ("1/2", "1/2", "1/3", "2/3", "3/7", "1")))
 
 
 class Difference(AssertionError):
-    """The two ledgers disagree, or the model broke a promise of its own."""
+    """The two ledgers disagree, or they broke a promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class SideBySide:
             bypass_limit_bytes=config.bypass_limit_bytes,
         )
         self.core = config.make(factory)
+        self._lines: dict[int, tuple[str, bool]] = {}
+        self._last_admitted: dict[tuple[str, bool], int] = {}
 
     def is_meaningful(self, operation: Operation) -> bool:
         """Whether a caller that keeps to the rules of the protocol could do this now."""
@@ -90,7 +94,7 @@ class SideBySide:
                 return component not in model.components
             case ("request" | "request_nowait" | "enter", _, component, *_):
                 return component in model.components
-            case ("set_live", component, _):
+            case ("declare" | "set_live", component, *_):
                 return component in model.components
             case ("leave", component):
                 return component in model.components and model.components[component].entered > 0
@@ -108,10 +112,14 @@ class SideBySide:
         """Do one operation on both.
 
         Raises:
-            Difference: they do not agree on what came of it.
+            Difference: they do not agree on what came of it, or a promise is broken.
         """
         name, *arguments = operation
-        expected: Outcome = getattr(self.model, name)(*arguments)
+        model = self.model
+        barriers = model.barriers()
+        committed_bytes = model.total_committed_bytes
+        firm_bytes = {node: max(node.granted_bytes, _firm(node)) for node in _nodes(model)}
+        expected: Outcome = getattr(model, name)(*arguments)
         try:
             found: Outcome = getattr(self.core, name)(*arguments)
             snapshot = self.core.snapshot()
@@ -124,7 +132,110 @@ class SideBySide:
             for field, ours, theirs in zip(wanted._fields, wanted, snapshot, strict=True):
                 if theirs is not None and theirs != ours:
                     raise Difference(f"{operation}: {field} is {theirs}, should be {ours}")
+        try:
+            check_promises(model)
+            if name not in ("add", "declare"):
+                assert all(node.granted_bytes <= firm_bytes[node] for node in firm_bytes)
+            if barriers and name not in ("lift_barrier", "set_live") and model.exclusive is None:
+                # Nobody draws from the pool before it, but for those who came before it.
+                first = barriers[0]
+                assert (
+                    model.barriers()[:1] != [first]
+                    or model.total_committed_bytes <= committed_bytes
+                    or any(ticket < first.ticket for ticket, _ in expected.admitted)
+                ), "the pool was drawn from past a barrier"
+            self._check_order(operation, expected)
+        except AssertionError as error:
+            raise Difference(f"{operation}: {error}") from error
         return expected
+
+    def _check_order(self, operation: Operation, outcome: Outcome) -> None:
+        """First come, first served in each line of a component, but for an exclusive grant."""
+        match operation:
+            case ("request" | "request_nowait", ticket, component, *_):
+                self._lines[ticket] = component, False
+            case ("enter", ticket, component) if outcome.status == "waiting":
+                self._lines[ticket] = component, False
+            case ("grow" | "grow_nowait", ticket, grant, _):
+                held = self.model.grants[grant]
+                if not held.is_exclusive:
+                    self._lines[ticket] = held.component.name, True
+        for ticket, _ in outcome.admitted:
+            if (line := self._lines.get(ticket)) is not None:
+                assert ticket > self._last_admitted.get(line, 0), f"{ticket} came in too late"
+                self._last_admitted[line] = ticket
+
+    def drain(self) -> None:
+        """Give everything back on both.
+
+        Raises:
+            Difference: they do not agree, or something is still held.
+        """
+        model = self.model
+        for name in model.components:
+            self.apply(("set_live", name, 0))
+        while waiters := model.waiters():
+            self.apply(("cancel", waiters[0].ticket))
+        for grant in list(model.grants):
+            self.apply(("release", grant))
+        for name, node in model.components.items():
+            while node.entered:
+                self.apply(("leave", name))
+        self.apply(("observe", 0))
+        if model.free_bytes != model.limit_bytes - model.baseline_bytes:
+            raise Difference(f"in the end {model.free_bytes} are free")
+
+
+def _nodes(model: Model) -> list[Component]:
+    return list(model.components.values())
+
+
+def _firm(node: Component) -> int:
+    return 1 << 64 if node.firm_limit_bytes is None else node.firm_limit_bytes
+
+
+def rule_allows(model: Model, waiter: Waiter, free_bytes: int) -> bool:
+    """The rule as the page has it, once more: s + c <= share * (R + s)."""
+    if waiter.kind == "enter":
+        return waiter.draw_bytes <= free_bytes
+    p, q = model.share.numerator, model.share.denominator
+    held_bytes = waiter.component.held_bytes
+    return q * (held_bytes + waiter.draw_bytes) <= p * (free_bytes + held_bytes)
+
+
+def check_promises(model: Model) -> None:
+    """What must be so after each operation, whatever came before.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    nodes = model.components.values()
+    free_bytes = model.free_bytes
+    sizes = dict.fromkeys(nodes, 0)
+    for grant in model.grants.values():
+        sizes[grant.component] += grant.size_bytes
+    assert [node.granted_bytes for node in nodes] == list(sizes.values())
+    heads = [head for node in nodes if (head := node.head()) and not head.is_firm_blocked]
+    assert not [head for head in heads if head.draw_bytes <= 0], "a reserve is left unused"
+    exclusive = [grant for grant in model.grants.values() if grant.is_exclusive]
+    barriers = model.barriers()
+    if exclusive:
+        assert len(exclusive) == 1
+        heads = [head for head in heads if head.is_of_exclusive_grant]
+    elif barriers:
+        heads = barriers[:1]
+    who_fits = [head for head in heads if rule_allows(model, head, free_bytes)]
+    assert not who_fits, "who may come in waits"
+    for waiter in model.waiters():
+        if waiter not in waiter.component.fronts():
+            assert not waiter.is_barrier
+        elif not waiter.is_barrier and not waiter.is_parked:
+            assert waiter.bypassed_bytes is not None
+            assert waiter.bypassed_bytes <= model.bypass_limit_bytes, "it has been passed too often"
+    if model.pool_is_unused():
+        # Somebody could go on, unless nobody in turn fits even without drift.
+        for head in heads:
+            assert head.draw_bytes > free_bytes + model.drift_bytes, "nothing can go on"
 
 
 def is_growing(grant: Grant) -> bool:
@@ -144,6 +255,7 @@ class _Generator:
         self._with_entries = random.random() < 0.7
         self._with_resize = random.random() < 0.4
         self._with_live = random.random() < 0.3
+        self._with_declarations = random.random() < 0.3
         self._with_samples = random.random() < 0.5
         self._smallness = random.choice((0.2, 0.5, 0.9))
 
@@ -160,13 +272,15 @@ class _Generator:
     def components(self, config: Config) -> list[Operation]:
         random = self._random
         pool_bytes = config.limit_bytes - config.baseline_bytes
-        operations: list[Operation] = []
-        for index in range(random.choice((1, 2, 2, 3, 3, 4, 6))):
-            minimum_bytes = random.choice((0, 0, random.randrange(pool_bytes // 2 + 1)))
-            widest_bytes = random.choice((pool_bytes, 1 + pool_bytes // 8))
-            firm_bytes = random.choice((None, minimum_bytes + random.randint(1, widest_bytes)))
-            operations.append(("add", "abcdef"[index], minimum_bytes, firm_bytes))
-        return operations
+        names = "abcdef"[: random.choice((1, 2, 2, 3, 3, 4, 6))]
+        return [("add", name, *self._bounds(pool_bytes)) for name in names]
+
+    def _bounds(self, pool_bytes: int) -> tuple[int, int | None]:
+        """A minimum and a firm limit, in bytes."""
+        random = self._random
+        minimum_bytes = random.choice((0, 0, random.randrange(pool_bytes // 2 + 1)))
+        widest_bytes = random.choice((pool_bytes, 1 + pool_bytes // 8))
+        return minimum_bytes, random.choice((None, minimum_bytes + random.randint(1, widest_bytes)))
 
     def operation(self, model: Model) -> Operation:
         random = self._random
@@ -176,6 +290,8 @@ class _Generator:
         # Those who wait go away in the end, so that queues stay short and much happens.
         if waiting and random.random() * 40 < len(waiting):
             return ("cancel", random.choice(waiting).ticket)
+        if model.exclusive is not None and random.random() < 0.3:
+            return self._around_exclusive(model, model.exclusive)
         dice = random.random()
         if dice < 0.35 and held is not None and not is_growing(model.grants[held]):
             grant = model.grants[held]
@@ -207,7 +323,28 @@ class _Generator:
             return ("resize", max(least_bytes, wanted_bytes))
         if dice < 0.94:
             return ("lift_barrier",)
+        if dice < 0.945 and self._with_declarations:
+            return ("declare", component, *self._bounds(model.limit_bytes - model.baseline_bytes))
         return self._request(model, component)
+
+    def _around_exclusive(self, model: Model, exclusive: Grant) -> Operation:
+        """What concerns the grant that holds the pool alone, which is rare otherwise."""
+        random = self._random
+        component = exclusive.component
+        if random.random() < 0.3:
+            return ("set_live", random.choice(list(model.components)), random.choice((0, 9, 30)))
+        if random.random() < 0.05:
+            smaller_bytes = max(model.baseline_bytes + 1, model.limit_bytes // 2)
+            return ("resize", random.choice((2 * model.limit_bytes, smaller_bytes)))
+        mates = [t for t, grant in model.grants.items() if grant.component is component]
+        ticket = random.choice(mates)
+        grant = model.grants[ticket]
+        if not is_growing(grant):
+            if random.random() < 0.3:
+                return ("shrink", ticket, random.randint(0, grant.size_bytes))
+            room_bytes = model.alone_cap_bytes(component) - grant.size_bytes
+            return ("grow", self._ticket(), ticket, random.randint(0, max(1, room_bytes)))
+        return ("enter", self._ticket(), component.name)
 
     def _ticket(self) -> int:
         self._tickets += 1
@@ -231,6 +368,8 @@ class _Generator:
         random = self._random
         node = model.components[component]
         dice = random.random()
+        if dice > 0.99:
+            return 0
         if dice < self._smallness:
             size_bytes = random.randint(1, 1 + max(0, model.limit_bytes // 8))
         elif random.random() < 0.5:
@@ -290,6 +429,10 @@ def random_episode(
             return config, done, difference
         if seen is not None:
             seen[f"{operation[0]} {outcome.status}"] += 1
+    try:
+        pair.drain()
+    except Difference as difference:
+        return config, done, difference
     return config, done, None
 
 
@@ -303,6 +446,7 @@ def replay(config: Config, operations: list[Operation], factory: CoreFactory) ->
     for operation in operations:
         if pair.is_meaningful(operation):
             pair.apply(operation)
+    pair.drain()
 
 
 def _differs(config: Config, operations: list[Operation], factory: CoreFactory) -> bool:

@@ -6,8 +6,8 @@ event. Nothing of the package is imported, so that no mistake can be in both.
 
 Bytes are its only kind, and nothing is ever in flight (``in_flight_bytes`` stays 0); a
 component's live bytes can be set. Time does not exist: the caller says when a sample is
-taken (:meth:`Model.observe`) and when barriers have stood too long
-(:meth:`Model.lift_barriers`).
+taken (:meth:`Model.observe`) and when the first barrier has stood too long
+(:meth:`Model.lift_barrier`).
 
 Whoever asks chooses a *ticket*, any integer not used before; it names the request while
 it waits, and the grant once it is held. The ledger under test wears the same face, see
@@ -74,6 +74,8 @@ class Snapshot(NamedTuple):
     barriers: tuple[int, ...] | None = None
     exclusive: tuple[int, ...] | None = None
     """Ticket of the grant that holds the pool alone, or nothing."""
+    available_bytes: tuple[int, ...] | None = None
+    """The most that each component could have without waiting."""
 
 
 class Core(Protocol):
@@ -82,10 +84,13 @@ class Core(Protocol):
     Made by ``factory(limit_bytes, baseline_bytes=, share=, bypass_limit_bytes=)``. None of
     these methods waits. Callers keep to a few rules: tickets are fresh; only grants that
     are held are grown, shrunk or released; only what waits is cancelled; only what was
-    entered is left; a grant has at most one grow waiting and is not released meanwhile.
+    entered is left; a grant that waits to grow is neither grown, shrunk nor released.
     """
 
     def add(self, component: str, minimum_bytes: int, firm_limit_bytes: int | None) -> Outcome: ...
+    def declare(
+        self, component: str, minimum_bytes: int, firm_limit_bytes: int | None
+    ) -> Outcome: ...
     def request(
         self,
         ticket: int,
@@ -116,6 +121,14 @@ class Grant:
     component: Component
     size_bytes: int
     alone: bool
+    is_exclusive: bool = False
+    """Whether it holds the pool alone."""
+
+    @property
+    def is_only_pool_grant_of_component(self) -> bool:
+        """Whether without it, its component would hold nothing of the pool."""
+        component = self.component
+        return component.granted_bytes - self.size_bytes <= component.minimum_bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -147,7 +160,20 @@ class Waiter:
     @property
     def is_firm_blocked(self) -> bool:
         """Whether only its own component can make room for it."""
-        return not self.component.fits_firm_limit(self.nbytes)
+        return self.kind != "enter" and not self.component.fits_firm_limit(self.nbytes)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether a firm limit is in its way: its own, or that of the grow in front of it."""
+        if self.is_firm_blocked:
+            return True
+        grow_is_blocked = any(grow.is_firm_blocked for grow in self.component.grows[:1])
+        return grow_is_blocked and not self.is_barrier
+
+    @property
+    def is_of_exclusive_grant(self) -> bool:
+        """Whether it is a grow of the grant that holds the pool alone."""
+        return self.grant is not None and self.grant.is_exclusive
 
     @property
     def total_bytes(self) -> int:
@@ -163,6 +189,8 @@ class Component:
     declared_minimum_bytes: int
     firm_limit_bytes: int | None
     entered: int = 0
+    minimum_bytes: int = 0
+    """``m``: what was declared when it was entered, while anybody is inside."""
     granted_bytes: int = 0
     live_bytes: int = 0
     in_flight_bytes: int = 0
@@ -170,15 +198,10 @@ class Component:
     queue: list[Waiter] = field(default_factory=list[Waiter])
 
     @property
-    def minimum_bytes(self) -> int:
-        """``m``: reserved only while somebody is inside."""
-        return self.declared_minimum_bytes if self.entered else 0
-
-    @property
     def committed_bytes(self) -> int:
         """``C``: what it has of the limit."""
-        minimum_bytes = self.declared_minimum_bytes if self.entered else 0
-        return max(minimum_bytes, self.granted_bytes, self.live_bytes) + self.in_flight_bytes
+        used_bytes = max(self.minimum_bytes, self.granted_bytes, self.live_bytes)
+        return used_bytes + self.in_flight_bytes
 
     @property
     def beyond_minimum_bytes(self) -> int:
@@ -205,8 +228,13 @@ class Component:
         return self.grows[:1] + self.queue[:1]
 
     def head(self) -> Waiter | None:
-        """Who is to be served next: a barrier, else a grow, else the longest waiting."""
+        """Who is to be served next.
+
+        The exclusive grant's grow, else a barrier, else a grow, else the longest waiting.
+        """
         fronts = self.fronts()
+        if fronts and fronts[0].is_of_exclusive_grant:
+            return fronts[0]
         barriers = [waiter for waiter in fronts if waiter.is_barrier]
         if barriers:
             return min(barriers, key=by_arrival)
@@ -257,7 +285,6 @@ class Model:
         self.high_water_bytes = 0
         self.components: dict[str, Component] = {}
         self.grants: dict[int, Grant] = {}
-        self.exclusive: Grant | None = None
         self._given_bypass_limit_bytes = bypass_limit_bytes
         self._arrivals = 0
         self._admitted: list[Admission] = []
@@ -270,6 +297,11 @@ class Model:
         """Pool bytes that may pass a waiter at the front of its queue."""
         given_bytes = self._given_bypass_limit_bytes
         return self.limit_bytes if given_bytes is None else given_bytes
+
+    @property
+    def exclusive(self) -> Grant | None:
+        """The grant that holds the pool alone."""
+        return next((grant for grant in self.grants.values() if grant.is_exclusive), None)
 
     @property
     def total_committed_bytes(self) -> int:
@@ -328,18 +360,36 @@ class Model:
         """Whether waiting is no use to it."""
         component = waiter.component
         if waiter.kind == "enter":
-            return component.declared_minimum_bytes > self.limit_bytes - self.baseline_bytes
+            most_bytes = self.limit_bytes - self.baseline_bytes
+            return not component.entered and component.declared_minimum_bytes > most_bytes
         if waiter.total_bytes <= self.normal_cap_bytes(component):
             return False
         return not waiter.alone or waiter.total_bytes > self.alone_cap_bytes(component)
 
-    def pool_is_unused(self, but_for: Waiter) -> bool:
-        """Whether no pool grant is out but the one that ``but_for`` would grow."""
-        own_bytes = but_for.grant.size_bytes if but_for.grant else 0
+    @property
+    def pool_is_open(self) -> bool:
+        """Whether somebody who does not wait may draw from the pool."""
+        nobody_is_first = self.exclusive is None and not self.barriers()
+        return nobody_is_first and self.measured_bytes < self.limit_bytes
+
+    def available_bytes(self, component: Component, pool_is_open: bool) -> int:
+        """The most that a component could have without waiting."""
+        if component.fronts():
+            return 0
+        most_bytes = component.unused_minimum_bytes
+        if pool_is_open:
+            p, q = self.share.numerator, self.share.denominator
+            most_bytes += max(0, most_draw_bytes(p, q, self.free_bytes, component.held_bytes))
+        if component.firm_limit_bytes is not None:
+            most_bytes = min(most_bytes, component.firm_limit_bytes - component.granted_bytes)
+        return max(0, most_bytes)
+
+    def pool_is_unused(self, but_for: Component | None = None) -> bool:
+        """Whether no pool grant is out, of components other than ``but_for``."""
         return all(
-            node.granted_bytes - (own_bytes if node is but_for.component else 0)
-            <= node.minimum_bytes
-            for node in self.components.values()
+            component.granted_bytes <= component.minimum_bytes
+            for component in self.components.values()
+            if component is not but_for
         )
 
     # Requests.
@@ -347,6 +397,14 @@ class Model:
     def add(self, component: str, minimum_bytes: int, firm_limit_bytes: int | None) -> Outcome:
         """Declare a component; it is not entered."""
         self.components[component] = Component(component, minimum_bytes, firm_limit_bytes)
+        return self._done()
+
+    def declare(self, component: str, minimum_bytes: int, firm_limit_bytes: int | None) -> Outcome:
+        """Change the bounds of a component; the minimum counts once all have left."""
+        node = self.components[component]
+        node.declared_minimum_bytes = minimum_bytes
+        node.firm_limit_bytes = firm_limit_bytes
+        self._refuse_infeasible()
         return self._done()
 
     def request(
@@ -372,7 +430,7 @@ class Model:
         """Ask for more in a grant that is held, and wait if need be."""
         held = self.grants[grant]
         waiter = self._waiter(ticket, "grow", held.component, nbytes, grant=held, alone=held.alone)
-        return self._enqueue(waiter, held.component.grows)
+        return self._enqueue(waiter, held.component.grows, first=held.is_exclusive)
 
     def grow_nowait(self, ticket: int, grant: int, nbytes: int) -> Outcome:
         """Ask for more in a grant that is held, now or never."""
@@ -384,15 +442,12 @@ class Model:
     def enter(self, ticket: int, component: str) -> Outcome:
         """Ask for a component's minimum to be reserved, and wait if need be.
 
-        What is reserved already, or need not be, is nothing to queue for: those who wait in
-        the component may wait for this very task.
+        If it is reserved already, or there is none, nothing need be waited for.
         """
         node = self.components[component]
         if node.entered or not node.declared_minimum_bytes:
             node.entered += 1
-            self._admitted.append(Admission(ticket, 0))
-            done = self._done()
-            return done._replace(status="admitted")
+            return Outcome("admitted", (Admission(ticket, 0),))
         return self._enqueue(self._waiter(ticket, "enter", node), node.queue)
 
     def cancel(self, ticket: int) -> Outcome:
@@ -420,16 +475,14 @@ class Model:
             raise ValueError(f"{nbytes} of {held.size_bytes} bytes cannot be given back")
         held.size_bytes -= nbytes
         held.component.granted_bytes -= nbytes
-        if self.exclusive is held and held.size_bytes <= self.normal_cap_bytes(held.component):
-            self.exclusive = None
+        if held.size_bytes <= self.normal_cap_bytes(held.component):
+            held.is_exclusive = False
         return self._done()
 
     def release(self, grant: int) -> Outcome:
         """Give back a grant."""
         held = self.grants.pop(grant)
         held.component.granted_bytes -= held.size_bytes
-        if self.exclusive is held:
-            self.exclusive = None
         return self._done()
 
     def leave(self, component: str) -> Outcome:
@@ -442,6 +495,8 @@ class Model:
         if not node.entered:
             raise ValueError(f"nobody is in {component!r}")
         node.entered -= 1
+        if not node.entered:
+            node.minimum_bytes = 0
         self._refuse_infeasible()
         return self._done()
 
@@ -479,6 +534,7 @@ class Model:
         """The present numbers."""
         nodes = self.components.values()
         waiters = self.waiters()
+        is_open = self.pool_is_open
         return Snapshot(
             free_bytes=self.free_bytes,
             drift_bytes=self.drift_bytes,
@@ -488,7 +544,8 @@ class Model:
             committed_bytes=tuple([node.committed_bytes for node in nodes]),
             waiting=tuple([waiter.ticket for waiter in waiters]),
             barriers=tuple([waiter.ticket for waiter in waiters if waiter.is_barrier]),
-            exclusive=tuple([t for t, grant in self.grants.items() if grant is self.exclusive]),
+            exclusive=tuple([t for t, grant in self.grants.items() if grant.is_exclusive]),
+            available_bytes=tuple([self.available_bytes(node, is_open) for node in nodes]),
         )
 
     # How it is decided.
@@ -507,20 +564,20 @@ class Model:
         self._arrivals += 1
         return Waiter(ticket, self._arrivals, kind, component, nbytes, up_to_bytes, alone, grant)
 
-    def _enqueue(self, waiter: Waiter, queue: list[Waiter]) -> Outcome:
+    def _enqueue(self, waiter: Waiter, queue: list[Waiter], first: bool = False) -> Outcome:
         if self.is_infeasible(waiter):
             return Outcome("too_large")
-        queue.append(waiter)
+        queue.insert(0 if first else len(queue), waiter)
         return self._done(waiter)
 
     def _now_or_never(self, waiter: Waiter) -> Outcome:
+        if self.is_infeasible(waiter):
+            return Outcome("too_large")
         if waiter.component.fronts() or waiter.is_firm_blocked:
             return Outcome("refused")
         if waiter.draw_bytes > 0:
-            nobody_is_first = self.exclusive is None and not self.barriers()
             is_free = self.threshold_bytes(waiter) <= self.free_bytes
-            is_below_limit = self.measured_bytes < self.limit_bytes
-            if not (nobody_is_first and is_free and is_below_limit):
+            if not (self.pool_is_open and is_free):
                 return Outcome("refused")
         self._admit(waiter, waiter.nbytes)
         return self._done(waiter)
@@ -551,36 +608,37 @@ class Model:
         reserved = [head for head in heads if head.draw_bytes <= 0]
         if reserved:
             first = min(reserved, key=by_arrival)
-            pool_is_open = self.exclusive is None and self.barriers()[:1] in ([], [first])
-            return first, self._size_bytes(first, pool_is_open)
+            return first, self._size_bytes(first)
 
         if self.exclusive is not None:
-            # Its grow goes before everything in its component.
-            heads = [waiter for waiter in self.waiters() if waiter.grant is self.exclusive]
-            heads = [waiter for waiter in heads if not waiter.is_firm_blocked]
-        if not heads:
-            return None
-        barriers = [head for head in heads if head.is_barrier]
-        if barriers and self.exclusive is None:
-            heads = [min(barriers, key=by_arrival)]
-        heads.sort(key=lambda head: (self.threshold_bytes(head), head.arrival))
-
-        first = heads[0]
-        if self.threshold_bytes(first) <= self.free_bytes and not self.is_oversize(first):
-            return first, self._size_bytes(first, pool_is_open=True)
-        for head in heads:
-            fits_without_drift = head.draw_bytes <= self.free_bytes + self.drift_bytes
-            if fits_without_drift and self.pool_is_unused(but_for=head):
-                return head, head.nbytes
+            in_order = [head for head in heads if head.is_of_exclusive_grant]
+        elif barriers := self.barriers():
+            in_order = barriers[:1]
+        else:
+            in_order = sorted(heads, key=lambda head: (self.threshold_bytes(head), head.arrival))
+        free_bytes = self.free_bytes
+        for waiter in in_order[:1]:
+            if self.threshold_bytes(waiter) <= free_bytes and not self.is_oversize(waiter):
+                return waiter, self._size_bytes(waiter)
+        for waiter in in_order:
+            fits_without_drift = waiter.draw_bytes <= free_bytes + self.drift_bytes
+            if fits_without_drift and self.is_idle_for(waiter):
+                return waiter, waiter.nbytes
         return None
 
-    def _size_bytes(self, waiter: Waiter, pool_is_open: bool) -> int:
+    def is_idle_for(self, waiter: Waiter) -> bool:
+        """Whether no pool grant is out, but for the one that is to grow."""
+        if waiter.grant is None or not waiter.grant.is_only_pool_grant_of_component:
+            return self.pool_is_unused()
+        return self.pool_is_unused(but_for=waiter.component)
+
+    def _size_bytes(self, waiter: Waiter) -> int:
         """What an admitted request gets: more than it asked for if it would take it."""
         if waiter.up_to_bytes is None:
             return waiter.nbytes
         component = waiter.component
         most_bytes = component.unused_minimum_bytes
-        if pool_is_open:
+        if self.exclusive is None and self.barriers()[:1] in ([], [waiter]):
             p, q = self.share.numerator, self.share.denominator
             most_bytes += max(0, most_draw_bytes(p, q, self.free_bytes, component.held_bytes))
         most_bytes = min(most_bytes, waiter.up_to_bytes)
@@ -595,6 +653,8 @@ class Model:
         oversize = self.is_oversize(waiter) and waiter.draw_bytes > 0
         self._remove(waiter)
         if waiter.kind == "enter":
+            if not component.entered:
+                component.minimum_bytes = component.declared_minimum_bytes
             component.entered += 1
         else:
             component.granted_bytes += size_bytes
@@ -602,8 +662,7 @@ class Model:
                 waiter.grant = Grant(component, 0, waiter.alone)
                 self.grants[waiter.ticket] = waiter.grant
             waiter.grant.size_bytes += size_bytes
-            if oversize:
-                self.exclusive = waiter.grant
+            waiter.grant.is_exclusive |= oversize
         self._admitted.append(Admission(waiter.ticket, size_bytes))
         if waiter.kind == "enter":
             self._refuse_infeasible()
@@ -611,29 +670,24 @@ class Model:
 
     def _count(self, pool_bytes: int, but_for: Waiter) -> None:
         """Tell all at the front of a queue that so much has passed them."""
-        if not pool_bytes:
-            return
         for component in self.components.values():
-            head = component.head()
             for waiter in component.fronts():
-                is_parked = waiter is head and waiter.is_firm_blocked
-                if waiter is not but_for and not is_parked:
+                if waiter is not but_for and not waiter.is_parked and not waiter.is_barrier:
                     waiter.bypassed_bytes = (waiter.bypassed_bytes or 0) + pool_bytes
 
     def _settle(self) -> None:
         """Bring up to date what follows from a change: fronts, barriers, high-water mark."""
         self.high_water_bytes = max(self.high_water_bytes, self.total_committed_bytes)
         for component in self.components.values():
-            for waiter in component.fronts():
+            fronts = component.fronts()
+            for waiter in component.grows[1:2]:
+                waiter.is_barrier = False  # the exclusive grant's grow has come before it
+            for waiter in fronts:
                 if waiter.bypassed_bytes is None:
                     waiter.bypassed_bytes = 0
-                if waiter.is_firm_blocked:
+                if waiter.is_parked:
                     waiter.is_barrier = False
-                elif (
-                    waiter.bypassed_bytes > self.bypass_limit_bytes
-                    # Past a grow that is parked it would only take what that needs.
-                    and not any(grow.is_firm_blocked for grow in component.grows[:1])
-                ):
+                elif waiter.bypassed_bytes > self.bypass_limit_bytes:
                     waiter.is_barrier = True
 
     def _remove(self, waiter: Waiter) -> None:

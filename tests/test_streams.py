@@ -8,12 +8,15 @@ import math
 import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from random import Random
+from typing import Any, TypeVar, cast
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+import trio
+import trio.testing
 from structlog.testing import capture_logs
 
 from membound_async import (
@@ -253,10 +256,8 @@ async def test_bounded_gets_memory_ahead_of_the_read() -> None:
             seen.append(granted(a))
             return await super().__anext__()
 
-    held = []
     source = Watched(bytes(1000), bytes(10), b"", bytes(100))
-    async for _ in bounded(source, ahead=100, component=a):
-        held.append(granted(a))
+    held = [granted(a) async for _ in bounded(source, ahead=100, component=a)]
     assert seen == [100] * 5
     assert held == [1000, 10, 0, 100]
     assert granted(a) == 0
@@ -271,7 +272,7 @@ async def test_bounded_waits_to_grow_and_keeps_the_item_if_cancelled() -> None:
             await anext(items)
         assert granted(a) in (0, 100)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(anext, items)  # type: ignore[arg-type]
+            tasks.start_soon(anext, items)
             await steps(5)
             assert granted(a) == 100
             assert limiter.statistics().waiting == 1
@@ -444,7 +445,7 @@ async def test_a_batch_waits_for_the_memory_of_its_first_item() -> None:
     a, b = limiter.component("a"), limiter.component("b")
     batches = a.batches(Source(bytes(400), bytes(50)))
     async with anyio.create_task_group() as tasks, b.grant(450):
-        tasks.start_soon(anext, batches)  # type: ignore[arg-type]
+        tasks.start_soon(anext, batches)
         await steps(5)
         assert limiter.statistics().waiting == 1
         assert granted(a) == 0
@@ -557,9 +558,7 @@ async def test_a_batch_is_held_open_no_longer_than_max_seconds() -> None:
             source.feed(end=True)
 
         tasks.start_soon(feed)
-        got = []
-        async for batch in batches:
-            got.append((anyio.current_time(), len(batch), granted(a)))
+        got = [(anyio.current_time(), len(batch), granted(a)) async for batch in batches]
     # 7: first item; 10, 11.5: two more; 12: over. 12.5: one, over at 17.5. 22.5: 4 + 4 + 1.
     assert got == [
         (12.0, 3, 300),
@@ -573,38 +572,26 @@ async def test_a_batch_is_held_open_no_longer_than_max_seconds() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_source_that_never_waits_cannot_hold_a_batch_open() -> None:
+async def test_a_source_that_never_waits_cannot_hold_a_batch_open(
+    anyio_backend_name: str,
+) -> None:
     limiter = testing.limiter("1GiB")
     a = limiter.component("a")
+    if anyio_backend_name == "asyncio":
+        move_clock = cast("testing.VirtualTimeLoop", asyncio.get_running_loop()).advance
+    else:
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, trio.testing.MockClock)
+        move_clock = clock.jump
 
     class Fast(Source[bytes]):
         async def __anext__(self) -> bytes:
-            if isinstance(loop, testing.VirtualTimeLoop):
-                loop.advance(0.1)  # time passes, but nobody else has a turn
-            else:
-                trio_clock().jump(0.1)
+            move_clock(0.1)  # time passes, but nobody else has a turn
             return b"x"
 
-    loop: Any = None
-    if "asyncio" in str(anyio.get_current_task()) or _is_asyncio():
-        loop = asyncio.get_running_loop()
     async with a.batches(Fast(), max_seconds=1.0) as batches:
         for _ in range(3):
             assert 10 <= len(await anext(batches)) <= 12
-
-
-def _is_asyncio() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def trio_clock() -> Any:
-    import trio
-
-    return trio.lowlevel.current_clock()
 
 
 @pytest.mark.virtual_time
@@ -703,7 +690,7 @@ async def test_a_quota_ends_a_timed_batch_too() -> None:
     assert anyio.current_time() == 5
     async with b.grant(380), anyio.create_task_group() as tasks:
         source.feed(bytes(450))
-        tasks.start_soon(anext, batches)  # type: ignore[arg-type]
+        tasks.start_soon(anext, batches)
         await anyio.sleep(3)
         assert limiter.statistics().waiting == 1
         tasks.cancel_scope.cancel()
@@ -809,9 +796,8 @@ async def test_closing_while_another_task_waits_for_an_item() -> None:
         assert granted(a) == 0
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # only it lets anybody cancel a task
 async def test_a_reader_that_is_cancelled_from_outside_tells_its_consumer() -> None:
-    if not _is_asyncio():
-        pytest.skip("only asyncio has tasks that can be cancelled by anybody")
     limiter = testing.limiter(1000)
     a = limiter.component("a")
     batches = a.batches(Source(bytes(10), end=False), max_seconds=60.0)
@@ -864,12 +850,10 @@ async def test_what_is_in_flight_leaves_as_much_to_the_receiver() -> None:
     a = limiter.component("a")
     send, receive = create_memory_stream[bytes](component=a)
     async with send, receive:
-        sent = 0
+        for _ in range(20):
+            send.send_nowait(bytes(100))
         with pytest.raises(anyio.WouldBlock):
-            while True:
-                send.send_nowait(bytes(100))
-                sent += 1
-        assert sent == 20
+            send.send_nowait(bytes(100))
         assert send.statistics().charged_bytes == 2000
         async with a.grant(2000, timeout=0):  # so much it can still have at once
             with anyio.move_on_after(0.001) as scope:
@@ -1125,8 +1109,8 @@ async def test_two_tasks_at_one_receive_stream() -> None:
             assert receive.statistics().tasks_waiting_receive == 2
             send.send_nowait(b"x")
             send.send_nowait(b"yy")
-        assert got == [b"x", b"yy"]
-        assert granted(a) == 2  # of the last one
+        assert sorted(got) == [b"x", b"yy"]
+        assert granted(a) == len(got[-1])  # of the last one
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(consume)
             await steps(3)
@@ -1248,6 +1232,22 @@ async def test_batches_of_a_memory_stream_never_wait_for_each_other() -> None:
             receive.receive_nowait()
 
 
+@pytest.mark.virtual_time
+async def test_a_batch_that_was_handed_over_lets_its_sender_wait() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, a.batches(receive, max_seconds=1.0) as batches:
+        await send.send(bytes(200))
+        assert await anext(batches) == [bytes(200)]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send.send, bytes(150))
+            await anyio.sleep(100)
+            assert send.statistics().tasks_waiting_send == 1  # the task still reads, in vain
+            assert await anext(batches) == [bytes(150)]
+        assert anyio.current_time() == 102
+
+
 async def test_batches_of_large_messages() -> None:
     limiter = testing.limiter(1000)
     a, b = limiter.component("a"), limiter.component("b")
@@ -1350,8 +1350,10 @@ def make_iterator(kind: str, limiter: MemoryLimiter) -> tuple[Any, list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["bounded", "bounded ahead", "batches", "timed batches"])
-async def test_iterators_lose_nothing_wherever_they_are_cancelled(kind: str) -> None:
-    for native in (False, True) if _is_asyncio() else (False,):
+async def test_iterators_lose_nothing_wherever_they_are_cancelled(
+    kind: str, anyio_backend_name: str
+) -> None:
+    for native in (False, True) if anyio_backend_name == "asyncio" else (False,):
         hit, after_steps = True, 0
         while hit:
             limiter = testing.limiter(1000)
@@ -1376,10 +1378,10 @@ async def test_iterators_lose_nothing_wherever_they_are_cancelled(kind: str) -> 
 
 @pytest.mark.parametrize("who", ["sender", "receiver", "batches", "timed batches"])
 async def test_a_memory_stream_loses_nothing_wherever_it_is_cancelled(
-    who: str, monkeypatch: pytest.MonkeyPatch
+    who: str, anyio_backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_LOOK_AGAIN_SECONDS", 0.0)
-    for native in (False, True) if _is_asyncio() else (False,):
+    for native in (False, True) if anyio_backend_name == "asyncio" else (False,):
         hit, after_steps = True, 0
         while hit:
             limiter = testing.limiter(1000)
@@ -1445,9 +1447,8 @@ async def test_a_memory_stream_loses_nothing_wherever_it_is_cancelled(
         assert after_steps > 10
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio cancels nobody it has woken
 async def test_a_cancelled_receiver_leaves_its_item_to_others() -> None:
-    if not _is_asyncio():
-        pytest.skip("trio cancels nobody who has been woken")
     limiter = testing.limiter(1000)
     a = limiter.component("a")
     for others in ("waiting", "none", "closed"):
@@ -1474,6 +1475,65 @@ async def test_a_cancelled_receiver_leaves_its_item_to_others() -> None:
         assert granted(a) == 0
 
 
+async def test_a_limiter_may_come_while_a_batch_is_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limiter_module, "_warned_of_nobody", True)
+    a = Component("a")
+    send, receive = create_memory_stream[bytes]()
+    async with send, a.batches(receive) as batches:
+        send.send_nowait(b"from nobody")
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anext(batches)
+        async with testing.limiter(1000) as limiter:
+            send.send_nowait(b"from root")
+            assert await anext(batches) == [b"from nobody"]
+            assert granted(limiter.root) == 9
+            send.close()
+            assert await anext(batches) == [b"from root"]
+            assert granted(limiter.root) == 0
+            assert limiter.find("a").statistics().granted_bytes == 9
+            await batches.aclose()
+
+
+async def test_memory_that_is_found_gone_makes_senders_wait() -> None:
+    probe = testing.ScriptedProbe(0)
+    limiter = testing.limiter(1000, probe=probe)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive, anyio.create_task_group() as tasks:
+        probe.set(1000)
+        with pytest.raises(anyio.WouldBlock):
+            send.send_nowait(bytes(400))
+        probe.set(0)
+        await send.send(bytes(100))
+        await receive.receive()
+        with pytest.raises(anyio.WouldBlock):
+            receive.receive_nowait()
+        async with limiter.component("b").grant(1):  # else it would be let in nevertheless
+            probe.set(1000)
+            tasks.start_soon(send.send, bytes(400))
+            await steps(10)
+            assert send.statistics().tasks_waiting_send == 1
+            probe.set(0)
+        assert await receive.receive() == bytes(400)
+
+
+def test_a_stream_works_outside_an_event_loop() -> None:
+    a = testing.limiter(1000).component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    send.send_nowait(b"x")
+    send.send_nowait(b"y")
+    assert receive.receive_nowait() == b"x"
+    assert granted(a) == 2
+    receive._channel.buffer.clear()
+    assert granted(a) == 1
+    receive.close()
+    send.close()
+    assert granted(a) == 0
+
+
 def test_the_ends_are_anyios_kinds() -> None:
     a = testing.limiter(1000).component("a")
     send, receive = create_memory_stream[bytes](component=a)
@@ -1482,3 +1542,88 @@ def test_the_ends_are_anyios_kinds() -> None:
     assert isinstance(receive, MemoryReceiveStream)
     send.close()
     receive.close()
+
+
+# --- whole pipelines
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("seed", range(30))
+async def test_a_pipeline_of_moderate_items_never_stops(seed: int) -> None:
+    random = Random(seed)
+    limiter = testing.limiter(10_000)
+    one = random.random() < 0.3
+    reading, decoding, writing = (
+        limiter.component("all" if one else name) for name in ("read", "decode", "write")
+    )
+    largest = random.choice([10, 300, 600])
+    sizes = [random.randint(0, largest) for _ in range(random.randint(1, 60))]
+    factor = random.choice([0.5, 1, 2])
+    workers = random.choice([1, 1, 3])
+    text_in, text_out = create_memory_stream[bytes](component=decoding)
+    records_in, records_out = create_memory_stream[bytes](component=writing)
+    written: list[int] = []
+
+    async def sleep_perhaps(longest: float) -> None:
+        if random.random() < 0.3:
+            await anyio.sleep(random.random() * longest)
+
+    async def source() -> AsyncIterator[bytes]:
+        for size in sizes:
+            await sleep_perhaps(1)
+            yield bytes(size)
+
+    async def read() -> None:
+        async with text_in:
+            ahead = random.choice([0, 50])
+            async for item in bounded(source(), component=reading, ahead=ahead):
+                await text_in.send(item)
+
+    async def decode(source: MemoryReceiveStream[bytes], sink: MemorySendStream[bytes]) -> None:
+        async with source, sink:
+            async for item in source:
+                async with decoding.grant(int(len(item) * factor)):
+                    await sleep_perhaps(1)
+                    await sink.send(item)
+
+    async def write() -> None:
+        batches = writing.batches(
+            records_out,
+            max_items=random.choice([None, 1, 4]),
+            max_seconds=random.choice([None, None, 1.0]),
+        )
+        async with batches:
+            async for batch in batches:
+                await sleep_perhaps(3)
+                written.extend(len(item) for item in batch)
+
+    with anyio.fail_after(1000):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            for _ in range(workers - 1):
+                tasks.start_soon(decode, text_out.clone(), records_in.clone())
+            tasks.start_soon(decode, text_out, records_in)
+            tasks.start_soon(write)
+    assert sorted(written) == sorted(sizes)
+    assert workers > 1 or written == sizes
+    statistics = limiter.statistics()
+    assert (statistics.grants, statistics.committed_bytes) == (0, 0)
+    assert all(each.peak_granted_bytes <= 5000 for each in statistics.components)
+
+
+async def test_charges_of_a_dropped_batch_let_senders_go_on() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+    async with send, receive, anyio.create_task_group() as tasks:
+        send.send_nowait(bytes(200))
+        batches = a.batches(receive, max_items=1)
+        assert await anext(batches) == [bytes(200)]
+        tasks.start_soon(send.send, bytes(150))
+        await steps(4)
+        assert send.statistics().tasks_waiting_send == 1
+        del batches
+        assert granted(a) == 0
+        await steps(4)
+        assert receive.receive_nowait() == bytes(150)
+        assert send.statistics().charged_bytes == 150

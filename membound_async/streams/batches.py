@@ -240,11 +240,10 @@ class _Batch(Generic[T]):
         """Get room for the item without waiting; False if there is none."""
         missing = self._nbytes - self._room
         if missing > 0:
+            if self._own is None:  # what is there has come with charges, from another limiter
+                return False
+            more = max(missing, self._advance(self._own.size))
             try:
-                if self._own is None:
-                    self._own = Charge(self._component, 0)._acquire_nowait()
-                    self._charges.append(self._own)
-                more = max(missing, self._advance(self._own.size))
                 self._own.grow_nowait(more)
             except (QuotaExceeded, GrantTooLarge):
                 return False
@@ -259,7 +258,7 @@ class _Batch(Generic[T]):
         """
         if self._max_items == 1:
             return 0
-        return int(min(used, _STEP_BYTES, available_to(self._component) // 64))
+        return int(min(used, _STEP_BYTES, available_to(self._component) / 64))
 
     def _drop_charge(self) -> None:
         if self._charge is not None:
@@ -382,10 +381,9 @@ class _Reader(Generic[T]):
 
     def _end(self) -> None:
         self.stop_timer()
-        if self._started and self._task is not None:
+        # A task that is cancelled before it begins would never close the source.
+        if self._task is not None and (self._started or not self._closing):
             self._task.cancel()
-        elif not self._closing:
-            self._running = False  # it has not begun, and will see that it need not
 
     # --- the time
 

@@ -51,8 +51,9 @@ class OneConsumer(AsyncIterator[T]):
             item = await self._next()
         finally:
             self._busy = False
+            if self._closed:
+                self._let_go()
         if self._closed:
-            self._let_go()
             raise StopAsyncIteration
         return item
 

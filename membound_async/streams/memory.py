@@ -136,6 +136,20 @@ class _Channel(Generic[T]):
 
     # --- memory
 
+    def admit_at_once(self, nbytes: int) -> _InFlight | None:
+        """Give the grant of an item if there is nothing at all to wait for, not even delay."""
+        component = self._receiving()
+        if not self._is_free() or not self._leaves_room(component, nbytes):
+            return None
+        grant = _InFlight(component, nbytes)
+        waiting = grant.__await__()
+        try:
+            next(waiting)
+        except StopIteration:
+            return grant.sent_into(self)
+        waiting.close()
+        return None
+
     async def admit(self, sender: _Sender, nbytes: int) -> _InFlight:
         """Wait for a turn, for a place and for the grant of an item."""
         component = self._receiving()
@@ -161,7 +175,7 @@ class _Channel(Generic[T]):
     def admit_nowait(self, nbytes: int) -> _InFlight:
         """Give the grant of an item if it can be had at once, else raise ``WouldBlock``."""
         component = self._receiving()
-        if self.senders or len(self.buffer) >= self.max_items:
+        if not self._is_free():
             raise anyio.WouldBlock
         if not self._leaves_room(component, nbytes):
             self._check_possible(component, nbytes)
@@ -190,6 +204,9 @@ class _Channel(Generic[T]):
     ) -> _InFlight:
         options = None if timeout is None else (None, timeout, False)
         return (await _InFlight(component, nbytes, options)).sent_into(self)
+
+    def _is_free(self) -> bool:
+        return not self.senders and len(self.buffer) < self.max_items
 
     def _leaves_room(self, component: Component, nbytes: int) -> bool:
         wanted = self.in_flight + 2 * nbytes if self.in_flight else nbytes
@@ -300,11 +317,18 @@ class MemorySendStream(anyio.abc.ObjectSendStream[T]):
         self._check_open()
         channel = self._channel
         nbytes = measure(channel.size, item)
+        grant = channel.admit_at_once(nbytes)
+        if grant is None:
+            grant = await self._wait_to_send(nbytes)
+        channel.put(item, grant)
+
+    async def _wait_to_send(self, nbytes: int) -> _InFlight:
+        channel = self._channel
         grant = None
         sender = _Sender(self)
         channel.senders[sender] = None
         try:
-            with sender.scope:
+            with sender.scope:  # which closing cancels
                 grant = await channel.admit(sender, nbytes)
         finally:
             del channel.senders[sender]
@@ -316,7 +340,7 @@ class MemorySendStream(anyio.abc.ObjectSendStream[T]):
                 grant.release()
             raise
         assert grant is not None
-        channel.put(item, grant)
+        return grant
 
     def send_nowait(self, item: T) -> None:
         """Send an item if the receiving component may have its bytes now.

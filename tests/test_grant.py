@@ -232,6 +232,7 @@ async def test_with_no_limiter_a_grant_limits_nothing_and_warns_once() -> None:
         for _ in range(3):
             assert (await use()).released
         grant_nowait("1TiB").release()
+        grant_nowait(1, component="anything").release()
         async with Component("decode") as decode, decode.grant("4TiB"):
             assert current_component() is decode
             async with grant(5), decode.component("cache") as cache:

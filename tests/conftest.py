@@ -9,6 +9,7 @@ tells that clock's time, which starts at 0 there.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,11 @@ settings.load_profile("repeatable")
 for name in [*os.environ]:
     if name == "WEB_CONCURRENCY" or (name.startswith("MEMBOUND_") and name != "MEMBOUND_EXTENSION"):
         del os.environ[name]
+
+# Started in the background of a script, Ctrl-C is ignored here and in all that is started from
+# here; the programs that are tested are to see it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

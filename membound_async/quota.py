@@ -156,10 +156,9 @@ class Ledger(LedgerState):
         return self._bounds_changed(account)
 
     def set_live(self, account: Account, live: int) -> list[Request]:
-        """Note what the component's code really has allocated."""
-        self._tracked = self._tracked or live > 0
-        self._update(account, account.granted, account.reserved, live)
-        return self._changed(account)
+        """Note what the component's code really has allocated, without a reading."""
+        self._note_live(account, live)
+        return self._dispatch()
 
     # --- numbers
 
@@ -340,17 +339,29 @@ class Ledger(LedgerState):
 
     # --- the world
 
-    def observe(self, measured: int, *, pressed: bool, look_after: int) -> list[Request]:
-        """Take a reading of memory: drift is what it shows beyond anything promised.
+    def observe(
+        self,
+        measured: int,
+        *,
+        pressed: bool,
+        look_after: int,
+        live: Iterable[tuple[Account, int]] = (),
+    ) -> list[Request]:
+        """Take a reading of memory: drift is what it shows beyond anything promised or live.
 
         Args:
             measured: ``M``.
             pressed: M is above the pressure threshold, so heap that was granted once and
                 kept by the allocator counts as drift now: there is no room for it.
             look_after: how much may be granted and given back until the next reading.
+            live: what components' code really has allocated at this reading; those that are
+                not named have what they had.
         """
+        highest = self.highest_committed  # what it passes through below is no sum of its own
+        for account, nbytes in live:
+            self._note_live(account, nbytes)
         committed = self.committed
-        highest = committed if pressed else self.highest_committed
+        highest = committed if pressed else max(highest, committed)
         self.measured = measured
         self.look_at = self.moved + look_after
         drift = max(0, measured - self.baseline - highest)
@@ -380,6 +391,12 @@ class Ledger(LedgerState):
         capacity = limit - self.baseline - drift
         self.free = capacity - committed
         self._lowest_free = capacity - highest
+
+    def _note_live(self, account: Account, live: int) -> None:
+        if live != account.live:
+            self._tracked = True
+            self._update(account, account.granted, account.reserved, live)
+            self._place(account)
 
     def _allowed(self, account: Account) -> int:
         """What the rule lets the account draw from the pool now."""

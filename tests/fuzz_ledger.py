@@ -24,7 +24,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from tests.model import Component, Core, Grant, Model, Outcome, Waiter
+from tests.model import Component, Core, Grant, Live, Model, Outcome, Waiter
 
 __all__ = [
     "Config",
@@ -94,8 +94,10 @@ class SideBySide:
                 return component not in model.components
             case ("request" | "request_nowait" | "enter", _, component, *_):
                 return component in model.components
-            case ("declare" | "set_live", component, *_):
+            case ("declare", component, *_):
                 return component in model.components
+            case ("observe", _, live):
+                return all(component in model.components for component, _ in live)
             case ("leave", component):
                 return component in model.components and model.components[component].entered > 0
             case ("cancel", ticket):
@@ -136,7 +138,8 @@ class SideBySide:
             check_promises(model)
             if name not in ("add", "declare"):
                 assert all(node.granted_bytes <= firm_bytes[node] for node in firm_bytes)
-            if barriers and name not in ("lift_barrier", "set_live") and model.exclusive is None:
+            sets_live = name == "observe" and len(arguments) > 1
+            if barriers and not (name == "lift_barrier" or sets_live or model.exclusive):
                 # Nobody draws from the pool before it, but for those who came before it.
                 first = barriers[0]
                 assert (
@@ -172,8 +175,9 @@ class SideBySide:
             Difference: they do not agree, or something is still held.
         """
         model = self.model
-        for name in model.components:
-            self.apply(("set_live", name, 0))
+        self.apply(
+            ("observe", model.measured_bytes, tuple([(name, 0) for name in model.components]))
+        )
         while waiters := model.waiters():
             self.apply(("cancel", waiters[0].ticket))
         for grant in list(model.grants):
@@ -313,8 +317,7 @@ class _Generator:
                 return ("leave", random.choice(inside))
             return ("enter", self._ticket(), component)
         if dice < 0.86 and self._with_live:
-            live_bytes = random.choice((0, 0, random.randrange(model.limit_bytes)))
-            return ("set_live", component, live_bytes)
+            return ("observe", *self._reading_with_live(model))
         if dice < 0.91 and self._with_samples:
             return ("observe", self._reading(model))
         if dice < 0.93 and self._with_resize:
@@ -332,7 +335,8 @@ class _Generator:
         random = self._random
         component = exclusive.component
         if random.random() < 0.3:
-            return ("set_live", random.choice(list(model.components)), random.choice((0, 9, 30)))
+            live = (random.choice(list(model.components)), random.choice((0, 9, 30)))
+            return ("observe", model.measured_bytes, (live,))
         if random.random() < 0.05:
             smaller_bytes = max(model.baseline_bytes + 1, model.limit_bytes // 2)
             return ("resize", random.choice((2 * model.limit_bytes, smaller_bytes)))
@@ -386,9 +390,26 @@ class _Generator:
             size_bytes = bound_bytes + random.randint(-1, 1)
         return max(1, size_bytes)
 
-    def _reading(self, model: Model) -> int:
+    def _reading_with_live(self, model: Model) -> tuple[int, Live]:
+        """Live bytes of one, some or all, often about as much as was granted or reserved."""
         random = self._random
-        explained_bytes = model.baseline_bytes + model.total_committed_bytes
+        live: dict[str, int] = {}
+        more_bytes = 0
+        names = list(model.components)
+        for name in random.sample(names, random.choice((1, random.randint(1, len(names))))):
+            node = model.components[name]
+            about_bytes = random.choice((node.granted_bytes, node.minimum_bytes, node.live_bytes))
+            live_bytes = random.choice(
+                (0, about_bytes + random.randint(-5, 5), random.randrange(model.limit_bytes))
+            )
+            live[name] = max(0, live_bytes)
+            more_bytes += max(0, live[name] - node.committed_bytes)
+        measured_bytes = random.choice((model.measured_bytes, self._reading(model, more_bytes)))
+        return measured_bytes, tuple(live.items())
+
+    def _reading(self, model: Model, more_bytes: int = 0) -> int:
+        random = self._random
+        explained_bytes = model.baseline_bytes + model.total_committed_bytes + more_bytes
         return max(
             0,
             random.choice(
@@ -482,18 +503,30 @@ def _with_small_numbers(
     for index, operation in enumerate(operations):
         first_size = 1 if operation[0] in ("observe", "resize") else 2
         for place in range(first_size, len(operation)):
-            value = operation[place]
-            if isinstance(value, bool) or not isinstance(value, int):
-                continue
             if operation[0] in ("grow", "grow_nowait") and place == 2:
                 continue
-            for smaller in sorted({1, value // 2, value - 1} - {0, value, -1}):
+            for smaller in _smaller(operation[place]):
                 changed = (*operation[:place], smaller, *operation[place + 1 :])
                 attempt = [*operations[:index], changed, *operations[index + 1 :]]
                 if _differs(config, attempt, factory):
                     operations, operation = attempt, changed
                     break
     return operations
+
+
+def _smaller(value: Any) -> list[Any]:
+    """Numbers below that one, or live bytes with less in them."""
+    if isinstance(value, tuple):
+        live: Live = value
+        parts = [(live[:place], each, live[place + 1 :]) for place, each in enumerate(live)]
+        return [before + after for before, _, after in parts] + [
+            (*before, (name, smaller), *after)
+            for before, (name, live_bytes), after in parts
+            for smaller in _smaller(live_bytes)
+        ]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return []
+    return sorted({1, value // 2, value - 1} - {0, value, -1})
 
 
 def fuzz(

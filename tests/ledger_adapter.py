@@ -13,7 +13,7 @@ from fractions import Fraction
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.quota import NO_LIMIT, READY, Account, Ledger
 from membound_async.waiters import Kind, Ranking, Request, State
-from tests.model import Admission, Outcome, Snapshot, Status
+from tests.model import Admission, Live, Outcome, Snapshot, Status
 
 __all__ = ["LedgerAdapter"]
 
@@ -112,16 +112,14 @@ class LedgerAdapter:
     def leave(self, component: str) -> Outcome:
         return self._done(self.ledger.leave(self.ledger.accounts[component]))
 
-    def set_live(self, component: str, live_bytes: int) -> Outcome:
-        return self._done(self.ledger.set_live(self.ledger.accounts[component], live_bytes))
-
-    def observe(self, measured_bytes: int) -> Outcome:
-        limit_bytes = self.ledger.limit
+    def observe(self, measured_bytes: int, live: Live = ()) -> Outcome:
+        limit_bytes, accounts = self.ledger.limit, self.ledger.accounts
         return self._done(
             self.ledger.observe(
                 measured_bytes,
                 pressed=measured_bytes > Fraction(95, 100) * limit_bytes,
                 look_after=max(0, limit_bytes - measured_bytes) // 4,
+                live=[(accounts[component], live_bytes) for component, live_bytes in live],
             )
         )
 

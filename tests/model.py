@@ -4,9 +4,9 @@ It is meant to be obviously right rather than quick: plain lists, the share as a
 ``Fraction`` in the rule as the page states it, and everything found anew after each
 event. Nothing of the package is imported, so that no mistake can be in both.
 
-Bytes are its only kind, and nothing is ever in flight (``in_flight_bytes`` stays 0); a
-component's live bytes can be set. Time does not exist: the caller says when a sample is
-taken (:meth:`Model.observe`) and when the first barrier has stood too long
+Bytes are its only kind, and nothing is ever in flight (``in_flight_bytes`` stays 0). Time
+does not exist: the caller says when a sample of what is in use and live is taken
+(:meth:`Model.observe`) and when the first barrier has stood too long
 (:meth:`Model.lift_barrier`).
 
 Whoever asks chooses a *ticket*, any integer not used before; it names the request while
@@ -22,10 +22,12 @@ from functools import lru_cache
 from math import ceil, floor
 from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["Admission", "Core", "Grant", "Model", "Outcome", "Snapshot", "Waiter"]
+__all__ = ["Admission", "Core", "Grant", "Live", "Model", "Outcome", "Snapshot", "Waiter"]
 
 Status = Literal["admitted", "waiting", "too_large", "refused", "done"]
 Kind = Literal["request", "grow", "enter"]
+Live = tuple[tuple[str, int], ...]
+"""Components, and the bytes that their code really has allocated."""
 
 THRESHOLD = Fraction(95, 100)
 """Part of the effective limit above which a sample sets the high-water mark back."""
@@ -107,8 +109,7 @@ class Core(Protocol):
     def cancel(self, ticket: int) -> Outcome: ...
     def enter(self, ticket: int, component: str) -> Outcome: ...
     def leave(self, component: str) -> Outcome: ...
-    def set_live(self, component: str, live_bytes: int) -> Outcome: ...
-    def observe(self, measured_bytes: int) -> Outcome: ...
+    def observe(self, measured_bytes: int, live: Live = ()) -> Outcome: ...
     def resize(self, limit_bytes: int) -> Outcome: ...
     def lift_barrier(self) -> Outcome: ...
     def snapshot(self) -> Snapshot: ...
@@ -500,14 +501,11 @@ class Model:
         self._refuse_infeasible()
         return self._done()
 
-    def set_live(self, component: str, live_bytes: int) -> Outcome:
-        """Say how much a component's code has really allocated."""
-        self.components[component].live_bytes = live_bytes
-        return self._done()
-
-    def observe(self, measured_bytes: int) -> Outcome:
-        """Take a sample of the memory in use."""
+    def observe(self, measured_bytes: int, live: Live = ()) -> Outcome:
+        """Take a sample of the memory in use, and of what some components have allocated."""
         self.measured_bytes = measured_bytes
+        for component, live_bytes in live:
+            self.components[component].live_bytes = live_bytes
         committed_bytes = self.total_committed_bytes
         if measured_bytes > THRESHOLD * self.limit_bytes:
             self.high_water_bytes = committed_bytes

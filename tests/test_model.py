@@ -76,6 +76,10 @@ class Bench:
     def waiter(self, ticket: int) -> Waiter:
         return next(waiter for waiter in self.model.waiters() if waiter.ticket == ticket)
 
+    def live(self, name: str, nbytes: int) -> Outcome:
+        """What a component has allocated, by a reading that shows nothing else new."""
+        return self.model.observe(self.model.measured_bytes, ((name, nbytes),))
+
     @property
     def free(self) -> int:
         return self.model.free_bytes
@@ -148,11 +152,11 @@ def test_a_sole_component_has_its_minimum_and_half_of_the_rest() -> None:
 def test_live_bytes_count_as_held() -> None:
     bench = Bench()
     bench.component("a", minimum=20)
-    bench.model.set_live("a", 30)
+    bench.live("a", 30)
     assert bench.free == 70
     probe = Waiter(0, 0, "request", bench.model.components["a"], 5)
     assert (probe.draw_bytes, bench.model.threshold_bytes(probe)) == (5, 20)
-    bench.model.set_live("a", 0)
+    bench.live("a", 0)
     assert bench.free == 80
 
 
@@ -578,7 +582,7 @@ def test_up_to_has_all_of_the_reserve_though_nothing_is_free() -> None:
     bench = Bench()
     bench.component("a", minimum=10)
     bench.component("b")
-    bench.model.set_live("b", 200)
+    bench.live("b", 200)
     assert bench.free == -110
     ticket, outcome = bench.ask("request", "a", 2, up_to=50)
     assert admitted(outcome) == [(ticket, 10)]
@@ -642,9 +646,9 @@ def test_the_grow_of_the_grant_that_is_alone_goes_before_barriers() -> None:
     assert admitted(bench.model.release(theirs)) == [(ours, 60)]
     _, outcome = bench.ask("grow", ours, 11)
     assert (outcome.status, bench.model.snapshot().barriers) == ("admitted", (mate,))
-    bench.model.set_live("b", 30)  # R = -1
+    bench.live("b", 30)  # R = -1
     grow = bench.growing(ours, 1)
-    assert admitted(bench.model.set_live("b", 0)) == [(grow, 1)]
+    assert admitted(bench.live("b", 0)) == [(grow, 1)]
     assert bench.model.snapshot().waiting == (mate,)
 
 
@@ -770,7 +774,7 @@ def test_live_bytes_are_nobodys_to_release() -> None:
     bench = Bench()
     bench.component("a")
     bench.component("b")
-    bench.model.set_live("b", 60)  # R = 40
+    bench.live("b", 60)  # R = 40
     ticket, outcome = bench.ask("request", "a", 30)
     assert admitted(outcome) == [(ticket, 30)]
 
@@ -952,14 +956,13 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     def declare(self, name: str, minimum: int, more: int | None) -> None:
         self.apply("declare", name, minimum, None if more is None else minimum + more)
 
-    @rule(name=st.sampled_from(NAMES), live=st.just(0) | st.integers(0, 80))
-    def set_live(self, name: str, live: int) -> None:
-        self.apply("set_live", name, live)
-
-    @rule(unexplained=st.integers(-40, 80))
-    def observe(self, unexplained: int) -> None:
+    @rule(
+        unexplained=st.integers(-40, 80),
+        live=st.dictionaries(st.sampled_from(NAMES), st.just(0) | st.integers(0, 80)),
+    )
+    def observe(self, unexplained: int, live: dict[str, int]) -> None:
         explained = self.model.baseline_bytes + self.model.total_committed_bytes
-        self.apply("observe", max(0, explained + unexplained))
+        self.apply("observe", max(0, explained + unexplained), tuple(live.items()))
 
     @rule(change=st.integers(-30, 30))
     def resize(self, change: int) -> None:
@@ -1050,7 +1053,7 @@ def test_operations_that_have_become_meaningless_are_left_out() -> None:
         ("add", "a", 5, None),
         ("add", "a", 6, None),
         ("request", 1, "b", 10),
-        ("set_live", "b", 10),
+        ("observe", 5, (("a", 10), ("b", 10))),
         ("leave", "a"),
         ("cancel", 1),
         ("shrink", 1, 1),

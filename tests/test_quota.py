@@ -82,9 +82,14 @@ class Bench(Ledger):
         """Let so much of the pool go past everybody who waits."""
         self.back(self.held(account, nbytes))
 
-    def reading(self, measured: int, look_after: int = 0) -> list[Request]:
-        pressed = 100 * measured > 95 * self.limit
-        return self.observe(measured, pressed=pressed, look_after=look_after)
+    def reading(self, measured: int, look_after: int = 0, **live: int) -> list[Request]:
+        """A reading, and what components have allocated at it, by name."""
+        return self.observe(
+            measured,
+            pressed=100 * measured > 95 * self.limit,
+            look_after=look_after,
+            live=[(self.accounts[name], nbytes) for name, nbytes in live.items()],
+        )
 
     def refused(self, account: Account, nbytes: int, reason: str = "", **options: Any) -> None:
         """Ask for it now, in vain, and see that nothing has changed."""
@@ -94,6 +99,12 @@ class Bench(Ledger):
         assert caught.value.wanted_bytes == nbytes
         assert caught.value.available_bytes == self.available(account)
         assert (self.free, account.granted, account.refusals - 1, self.moved) == before
+
+    def live(self, account: Account, nbytes: int) -> list[Request]:
+        """What a component has allocated, by a reading that shows nothing else new."""
+        look_after = self.look_at - self.moved
+        live = [(account, nbytes)]
+        return self.observe(self.measured, pressed=False, look_after=look_after, live=live)
 
     def too_large(self, request: Request, most: int, reason: str) -> None:
         for ask in (self.request, self.request_nowait):
@@ -214,7 +225,7 @@ def test_a_reserve_is_had_past_everybody():
     barrier = ledger.waiting(a, 20)
     ledger.pass_by(c, 1)
     assert ledger.barriers() == [barrier]
-    ledger.set_live(c, 500)
+    ledger.live(c, 500)
     assert ledger.free == -440
     ledger.held(b, 4)
     assert ledger.request_nowait(Request(b, 3)) == []
@@ -255,12 +266,12 @@ def test_beyond_what_a_float_can_tell():
 def test_live_bytes_count_as_held():
     ledger = Bench()
     account = ledger.open("a", minimum=20)
-    ledger.set_live(account, 30)
+    ledger.live(account, 30)
     assert (ledger.free, account.excess, ledger.committed) == (70, 10, 30)
     assert (ledger.draw(account, 5), ledger.threshold(account, 5)) == (5, 20)
     ledger.held(account, 5)  # 30 are in use all the same
     assert (ledger.free, account.granted) == (70, 5)
-    ledger.set_live(account, 0)
+    ledger.live(account, 0)
     assert (ledger.free, account.excess) == (80, -15)
 
 
@@ -268,7 +279,7 @@ def test_of_a_reserve_in_use_without_grants_the_fast_path_takes_nothing():
     # Regression: it took what was left of the reserve for bytes given back.
     ledger = Bench()
     account = ledger.open("a", minimum=20)
-    ledger.set_live(account, 15)
+    ledger.live(account, 15)
     assert ledger.admit(account, 10)  # 5 of the reserve and 5 of the pool, by the rule
     assert (account.excess, ledger.free, ledger.committed) == (-5, 80, 20)
 
@@ -594,9 +605,9 @@ def behind_a_grow(from_reserve: bool) -> tuple[Bench, Account, Request, Request]
     ours = ledger.held(a, 10)
     ledger.held(b, 30)
     if from_reserve:
-        ledger.set_live(d, 55)  # R = 5
+        ledger.live(d, 55)  # R = 5
         request, grow = ledger.waiting(a, 5), ledger.growing(ours, 40)
-        ledger.set_live(d, 0)
+        ledger.live(d, 0)
         ledger.back(ours, 5)  # R = 60; the grow draws 35, T = 70
     else:
         others = ledger.held(c, 24), ledger.held(d, 15)  # R = 21
@@ -663,7 +674,7 @@ def test_entering_needs_only_what_is_not_held_yet():
     entry = ledger.entering(a, now=True)
     assert (ledger.free, entry.pooled, a.excess) == (0, True, -10)
     b = ledger.account("c", 5)
-    ledger.set_live(b, 7)
+    ledger.live(b, 7)
     assert not ledger.entering(b, now=True).pooled
 
 
@@ -903,9 +914,9 @@ def test_its_grow_goes_before_everything_in_its_component():
     ledger.growing(alone, 11, now=True)
     alone.nbytes += 11
     assert ledger.barriers() == [mate]
-    ledger.set_live(b, 30)  # R = -1
+    ledger.live(b, 30)  # R = -1
     grow = ledger.growing(alone, 1)
-    assert ledger.set_live(b, 0) == [grow]
+    assert ledger.live(b, 0) == [grow]
 
 
 def test_its_grow_waits_for_the_firm_limit_as_any_other():
@@ -929,12 +940,12 @@ def test_another_s_grow_waits_behind_it():
     ledger.growing(alone, 11, now=True)
     alone.nbytes += 11
     assert ledger.barriers() == []
-    ledger.set_live(b, 50)
+    ledger.live(b, 50)
     own = ledger.growing(alone, 10)
     assert a.queue is not None
     assert a.queue.fronts() == [own]
     assert first not in ledger.waiters.heads
-    assert ledger.set_live(b, 0) == [own]
+    assert ledger.live(b, 0) == [own]
     alone.nbytes += 10
     assert ledger.back(alone) == [first]
 
@@ -944,12 +955,12 @@ def test_the_grow_of_a_grant_that_is_not_alone_any_more_is_an_ordinary_one():
     ledger = Bench()
     a, b = ledger.open_all("ab")
     alone = ledger.held(a, 60, alone=True)
-    ledger.set_live(b, 60)  # R = -20
+    ledger.live(b, 60)  # R = -20
     grow = ledger.growing(alone, 25)
     grow.held = 20
     assert ledger.back(alone, 40) == []  # R = 20, T = 70
     assert not grow.exclusive
-    assert ledger.set_live(b, 10) == [grow]
+    assert ledger.live(b, 10) == [grow]
     assert not grow.exclusive
     assert ledger.admit(b, 10)
 
@@ -1075,14 +1086,14 @@ def test_live_bytes_are_nobody_s_to_release(waits: bool):
     a, b = ledger.open_all("ab")
     if waits:
         held = ledger.held(a, 20)
-        ledger.set_live(b, 60)  # R = 20
+        ledger.live(b, 60)  # R = 20
         request = ledger.waiting(a, 30)
         assert ledger.back(held) == [request]
     else:
-        ledger.set_live(b, 60)  # R = 40
+        ledger.live(b, 60)  # R = 40
         assert ledger.held(a, 30).out_of_turn
     ledger.growing(Request(a, 30), 5, now=True)
-    ledger.set_live(b, 0)
+    ledger.live(b, 0)
 
 
 # --- readings
@@ -1124,6 +1135,98 @@ def test_how_much_may_move_until_the_next_reading():
     assert (ledger.moved, ledger.admit(account, 6), ledger.admit(account, 5)) == (15, False, True)
     ledger.reading(0, look_after=3)
     assert ledger.look_at == 23
+
+
+@pytest.mark.parametrize(
+    ("minimum", "granted", "live", "committed"),
+    [(20, 0, 10, 20), (20, 0, 30, 30), (20, 25, 10, 25), (20, 25, 40, 40), (0, 15, 15, 15)],
+)
+def test_a_component_has_the_most_of_minimum_grants_and_live(
+    minimum: int, granted: int, live: int, committed: int
+):
+    ledger = Bench()
+    account = ledger.open("a", minimum=minimum)
+    ledger.held(account, granted)
+    assert ledger.reading(0, a=live) == []
+    assert (ledger.committed, ledger.free) == (committed, 100 - committed)
+    assert (account.live, account.excess) == (live, max(granted, live) - minimum)
+
+
+def test_what_is_live_is_no_drift():
+    ledger = Bench(baseline=10)
+    account = ledger.open("a")
+    ledger.held(account, 20)
+    ledger.reading(60)
+    assert (ledger.highest_committed, ledger.drift, ledger.free) == (20, 30, 40)
+    ledger.reading(60, a=50)  # the same bytes, of somebody now
+    assert (ledger.highest_committed, ledger.drift, ledger.free) == (50, 0, 40)
+    ledger.reading(60)  # who is not named has what it had
+    assert (account.live, ledger.free) == (50, 40)
+    ledger.reading(60, a=5)  # the heap has kept them
+    assert (ledger.highest_committed, ledger.drift, ledger.free) == (50, 0, 70)
+    ledger.reading(96, a=40)  # above the threshold W is what there is now: 40
+    assert (ledger.highest_committed, ledger.drift, ledger.free) == (40, 46, 4)
+
+
+def test_the_live_bytes_of_one_reading_count_together():
+    ledger = Bench(200)
+    ledger.open_all("ab")
+    ledger.reading(60, a=60)
+    ledger.reading(100, b=60, a=10)
+    assert ledger.highest_committed == 70  # and never 120
+    assert (ledger.drift, ledger.free) == (30, 100)
+
+
+def test_nobody_comes_in_between_the_live_bytes_of_one_reading():
+    ledger = Bench()
+    _, b, c = ledger.open_all("abc")
+    ledger.held(b, 10)
+    ledger.reading(0, a=60)  # R = 30
+    waiting = ledger.waiting(c, 20)  # T = 40
+    assert ledger.reading(0, a=0, b=80) == []  # R = 90, 20
+    assert ledger.reading(0, b=60) == [waiting]
+
+
+def test_given_back_under_what_is_live_it_is_not_free():
+    ledger = Bench()
+    a, b, c = ledger.open_all("abc")
+    grant, _ = ledger.held(a, 30), ledger.held(c, 10)
+    ledger.reading(60, a=50)  # R = 40
+    waiting = ledger.waiting(b, 25)  # T = 50
+    assert ledger.back(grant) == []
+    assert (a.granted, a.excess, ledger.free) == (0, 50, 40)
+    assert ledger.reading(60, a=41) == []
+    assert ledger.reading(60, a=40) == [waiting]
+
+
+def test_a_waiter_waits_for_more_as_its_component_has_more_live():
+    ledger = Bench()
+    a, b, c, d = ledger.open_all("abcd")
+    ledger.held(a, 45)
+    grant, _ = ledger.held(c, 20), ledger.held(d, 1)  # R = 34
+    waiting = ledger.waiting(b, 20)  # T = 40
+    ledger.reading(0, b=8)  # R = 26, T = 48
+    other = ledger.waiting(d, 20)  # T = 41
+    assert ledger.missing(waiting) == 22
+    assert ledger.back(grant) == [other]  # R = 46, 26
+    assert ledger.reading(0, b=0) == []  # R = 34
+    assert ledger.back(other, 6) == [waiting]
+
+
+def test_what_is_left_with_live_bytes_keeps_those():
+    ledger = Bench()
+    account = ledger.open("a", minimum=20)
+    ledger.reading(0, a=30)
+    ledger.leave(account)
+    assert (account.reserved, account.excess, ledger.free) == (0, 30, 70)
+    ledger.reading(0, a=12)
+    assert ledger.free == 88
+    ledger.entering(account, now=True)
+    assert (account.excess, ledger.free) == (-8, 80)
+    ledger.leave(account)
+    assert ledger.free == 88
+    ledger.reading(0, a=0)
+    assert ledger.free == 100
 
 
 def test_rebased_before_anything_is_granted():
@@ -1309,7 +1412,7 @@ def assert_forgotten(ledger: Ledger, at_most: int = 64) -> None:
 def churn_of_thresholds(ledger: Bench, account: Account, other: Account, number: int) -> None:
     # The head's threshold is another each time, and it is never served.
     ledger.pass_by(other, 1 + number % 3)
-    ledger.set_live(account, 50 + number % 7)
+    ledger.live(account, 50 + number % 7)
 
 
 def churn_of_firm_limits(ledger: Bench, account: Account, other: Account, number: int) -> None:

@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: the optional extension, see membound_async/fastpath.py.
+"""What pyproject.toml cannot say: the optional extensions, see fastpath.py and allocator/.
 
-MEMBOUND_EXTENSION=no builds without it, MEMBOUND_EXTENSION=yes fails if it cannot be built.
+MEMBOUND_EXTENSION=no builds without them, =yes fails if they cannot be built.
 """
 
 import os
@@ -22,10 +22,20 @@ supported = (
 if wanted == "yes" and not supported:
     raise SystemExit("MEMBOUND_EXTENSION=yes: it is for CPython with a GIL, on Linux")
 
-extension = Extension(
-    "membound_async._fast",
-    ["membound_async/_fast.c"],
-    extra_compile_args=["-std=c11", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
-    optional=wanted != "yes",
-)
-setup(ext_modules=[extension] if supported and wanted != "no" else [])
+WARNINGS = ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+extensions = [
+    Extension(
+        "membound_async._fast",
+        ["membound_async/_fast.c"],
+        extra_compile_args=["-std=c11", *WARNINGS],
+        optional=wanted != "yes",
+    ),
+    Extension(
+        "membound_async.allocator._tracker",
+        ["membound_async/allocator/_tracker.c"],
+        depends=["membound_async/allocator/membound_tracker.h"],
+        extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", *WARNINGS],
+        optional=wanted != "yes",
+    ),
+]
+setup(ext_modules=extensions if supported and wanted != "no" else [])

@@ -20,6 +20,8 @@ from .exceptions import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    TrackingError,
+    TrackingUnavailable,
     UnknownComponent,
 )
 from .grant import MemoryGrant, grant, grant_nowait
@@ -63,6 +65,8 @@ __all__ = [
     "PressurePolicy",
     "PressureStall",
     "QuotaExceeded",
+    "TrackingError",
+    "TrackingUnavailable",
     "UnknownComponent",
     "UsageExpr",
     "VerifiedBounds",

@@ -13,10 +13,12 @@
     │   ├── GrantTooLarge                never
     │   ├── GrantTimeout                 not in time (also a ``TimeoutError``)
     │   └── GrantReleased                the grant was given back already
-    └── LimitError
-        ├── LimitNotDetected             nothing says how much memory there is
-        ├── InvalidLimit                 the limit, or what it is measured with, makes no sense
-        └── NoCurrentLimiter             it is not clear which limiter is meant
+    ├── LimitError
+    │   ├── LimitNotDetected             nothing says how much memory there is
+    │   ├── InvalidLimit                 the limit, or what it is measured with, makes no sense
+    │   └── NoCurrentLimiter             it is not clear which limiter is meant
+    └── TrackingError                    allocations cannot be counted like that
+        └── TrackingUnavailable          nor here at all
 
 An error carries its numbers as attributes (bytes unless the name says otherwise), says
 them in its message with what to do about them, and survives pickling. Raising one has
@@ -42,6 +44,8 @@ __all__ = [
     "MemboundError",
     "NoCurrentLimiter",
     "QuotaExceeded",
+    "TrackingError",
+    "TrackingUnavailable",
     "UnknownComponent",
 ]
 
@@ -299,3 +303,22 @@ class NoCurrentLimiter(LimitError, LookupError):
         super().__init__(reason)
 
     __str__ = Exception.__str__
+
+
+class TrackingError(MemboundError):
+    """The allocation tracker was asked for what it cannot do; nothing has changed."""
+
+
+class TrackingUnavailable(TrackingError):
+    """Allocations cannot be tracked here; the rest of the package works all the same.
+
+    Attributes:
+        reason: what is missing.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"allocations cannot be tracked: {reason}; look at "
+            "membound_async.allocator.available before asking for it"
+        )

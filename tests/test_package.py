@@ -19,7 +19,7 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 LAYERS = (
     {"cli", "testing"},
     {"component", "grant", "streams", "limiter", "stalls", "eventloop", "context"},
-    {"gauge", "limits", "probes", "events"},
+    {"gauge", "limits", "probes", "events", "allocator"},
     {"quota", "waiters", "rehearsal", "bounds", "registry", "verifier", "pressure", "settings"},
     {"fastpath"},
     {"statistics"},

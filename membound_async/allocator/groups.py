@@ -20,11 +20,15 @@ else:
     class Group:
         """What a group is where nothing can be tracked: none can be made."""
 
+        __slots__ = ()
+
         def __init__(self, _path: str) -> None:
             needed()
 
     class Scope:
         """What a scope is where nothing can be tracked."""
+
+        __slots__ = ()
 
 
 __all__ = [

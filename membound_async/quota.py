@@ -118,6 +118,7 @@ class Ledger(LedgerState):
         self._bypass_limit = bypass_limit
         self._reserved = 0
         self._tracked = False
+        self._holders: dict[Account, None] = {}
         self._lowest_free = self.free
         self._exclusive: Account | None = None
         self._closed = False
@@ -411,6 +412,8 @@ class Ledger(LedgerState):
         account.excess = max(granted, live) - reserved
         self.free += before - reserved - max(account.excess, 0)
         self._lowest_free = min(self._lowest_free, self.free)
+        if granted > reserved:
+            self._holders[account] = None
 
     def _need(self, request: Request) -> int:
         """``c`` of a request: what it would draw from the pool."""
@@ -599,13 +602,14 @@ class Ledger(LedgerState):
             return None
         if waiters.heads[first] <= self.free:
             return first, True
-        pooled = self._pooled()
         if not self._closed:
+            pooled = self._pool_is_held()
             first = waiters.growing.first() if pooled else waiters.heads.first_that(self._fits)
         if first is None or not self._fits(first):
             return None
-        own = max(0, first.account.granted - first.account.reserved)
-        return (first, False) if pooled == own <= first.held else None
+        account = first.account
+        is_only = account.granted - account.reserved <= first.held
+        return (first, False) if is_only and not self._pool_is_held(but_for=account) else None
 
     def _first_when_closed(self) -> Request | None:
         """Give the only one who may draw on the pool: of the grant that has it, or a barrier."""
@@ -617,11 +621,24 @@ class Ledger(LedgerState):
             first if first is not None and first.exclusive and first in self.waiters.heads else None
         )
 
-    def _pooled(self) -> int:
-        """How much of the pool grants hold; live bytes beyond them are nobody's to release."""
-        if self._tracked:
-            return sum(max(0, each.granted - each.reserved) for each in self.accounts.values())
-        return self.committed - self._reserved
+    def _pool_is_held(self, *, but_for: Account | None = None) -> bool:
+        """Whether grants hold any of the pool, those of one account aside.
+
+        Live bytes beyond them are nobody's to release, so where there are any, somebody is
+        looked for whose grants do: among all only when nobody is left of those found before
+        or charged since.
+        """
+        if not self._tracked:
+            own = max(0, but_for.excess) if but_for is not None else 0
+            return self.committed - self._reserved > own
+        holders = self._holders
+        while holders:
+            account, _ = holders.popitem()
+            if account.granted > account.reserved and account is not but_for:
+                holders[account] = None
+                return True
+        holders.update((a, None) for a in self.accounts.values() if a.granted > a.reserved)
+        return any(account is not but_for for account in holders)
 
     def _fits(self, request: Request) -> bool:
         """Whether a head fits into what is free without drift, whatever its share."""

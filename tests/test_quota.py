@@ -1381,9 +1381,24 @@ def test_each_of_many_waiters_is_cancelled_at_the_same_small_cost(
     assert_forgotten(ledger)
 
 
-def test_each_of_many_waiters_comes_in_at_the_same_small_cost(monkeypatch: pytest.MonkeyPatch):
+class Watched(dict[str, Account]):
+    """Accounts; counts how often all of them are looked at."""
+
+    looks = 0
+
+    def values(self) -> Any:
+        self.looks += 1
+        return super().values()
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_each_of_many_waiters_comes_in_at_the_same_small_cost(
+    monkeypatch: pytest.MonkeyPatch, tracked: bool
+):
     cost = Cost(monkeypatch)
-    ledger = Bench(1000, share=Fraction(1))
+    ledger = Bench(1010, share=Fraction(1))
+    ledger.accounts = watched = Watched()
+    ledger.live(ledger.open("cache", minimum=10), 5 if tracked else 0)
     accounts = [ledger.open(f"c{number}") for number in range(1000)]
     grant = ledger.held(accounts[0], 1000)
     queue = [Request(account, 1000) for _ in range(10) for account in accounts]
@@ -1399,7 +1414,23 @@ def test_each_of_many_waiters_comes_in_at_the_same_small_cost(monkeypatch: pytes
     assert dearest < 250
     assert cost.rebuilt < 4 * len(queue)
     assert grant.state is State.ADMITTED
+    assert watched.looks == 0
     assert_forgotten(ledger)
+
+
+@pytest.mark.parametrize("order", ["oldest first", "youngest first", "any"])
+def test_who_holds_any_of_the_pool_is_seldom_looked_for(order: str):
+    ledger = Bench(2000)
+    ledger.accounts = watched = Watched()
+    accounts = [ledger.open(f"c{number}") for number in range(1000)]
+    cache, other = ledger.open_all("co")
+    for account in accounts:
+        assert ledger.admit(account, 1)
+    ledger.live(cache, 1990)
+    ledger.waiting(other, 11)  # in the end R = 10
+    for request in arrange([Request(account, 1) for account in accounts], order):
+        assert ledger.back(request) == []
+    assert watched.looks == 2  # at first, and when nobody was left
 
 
 def assert_forgotten(ledger: Ledger, at_most: int = 64) -> None:

@@ -470,7 +470,7 @@ class Ledger(LedgerState):
         return QuotaExceeded(account.name, request.nbytes, self.available(account), reason)
 
     def _charge(self, request: Request, *, in_turn: bool = True) -> None:
-        """Admit a request; ``in_turn`` if by the rule, and so with as much as that allows."""
+        """Admit a request with as much as the rule allows; ``in_turn`` if by the rule."""
         account = request.account
         draw = self._need(request)
         request.state = State.ADMITTED
@@ -479,7 +479,7 @@ class Ledger(LedgerState):
                 self._update(account, account.granted, account.minimum, account.live)
             account.entries += 1
         else:
-            if in_turn and request.up_to > request.nbytes:
+            if request.up_to > request.nbytes:
                 most = max(-account.excess, 0) + (0 if self._closed else self._allowed(account))
                 most = min(request.up_to, most, account.firm_limit - account.granted)
                 request.nbytes = max(request.nbytes, most)

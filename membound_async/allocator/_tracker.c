@@ -574,8 +574,10 @@ free_in(int domain, void *p)
 static bool
 displaced(int domain)
 {
-    if (on_top(domain))
+    if (on_top(domain)) {
+        set_hooks(domain);   /* a tool that ends puts back those from when it began */
         return false;
+    }
     uint32_t group = current_group();
     bool was_enabled = enabled;
     enabled = true;
@@ -980,6 +982,7 @@ typedef struct {
     PyObject_HEAD
     Group *group;
     Token *token, *outer;   /* outer: while it is entered */
+    PyObject *context;      /* that it is entered in; not a reference: only compared */
 } Scope;
 
 static PyObject *
@@ -1049,6 +1052,7 @@ scope_enter(Scope *self, PyObject *Py_UNUSED(unused))
     }
     self->token = token;
     self->outer = outer;
+    self->context = PyThreadState_Get()->context;
     return Py_NewRef((PyObject *)group);
 }
 
@@ -1064,7 +1068,7 @@ scope_exit(Scope *self, PyObject *const *args, Py_ssize_t nargs)
     if (now == NULL)
         return NULL;
     Py_DECREF(now);
-    if (now != self->token) {
+    if (now != self->token || PyThreadState_Get()->context != self->context) {
         if (nargs > 0 && args[0] != Py_None)
             Py_RETURN_NONE;   /* what is being raised says more */
         return PyErr_Format(TrackingError,
@@ -1216,7 +1220,7 @@ static bool
 is_handle(uint64_t group)
 {
     uint32_t index = (uint32_t)group;
-    return index != NONE && index <= MAX_GROUPS && slots[index].generation == group >> 32;
+    return group >> 32 != 0 && index <= MAX_GROUPS && slots[index].generation == group >> 32;
 }
 
 static int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -30,9 +31,7 @@ unavailable_reason: str | None = None
 try:
     if os.environ.get("MEMBOUND_EXTENSION", "").strip().lower() == "no":
         raise ImportError("MEMBOUND_EXTENSION=no")
-    from . import _tracker
-
-    tracker = _tracker
+    tracker = import_module("._tracker", __package__)
 except ImportError as error:
     unavailable_reason = str(error)
     if isinstance(error, ModuleNotFoundError):

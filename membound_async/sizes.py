@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections import Counter, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from itertools import islice
+from json import JSONDecoder
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -37,6 +39,7 @@ _UNITS = {
     **{prefix + "ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
     **{prefix + "i": 1024**power for power, prefix in enumerate("kmgtp", 1)},
 }
+_GOLDEN = 0.6180339887
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -128,144 +131,160 @@ def size_of(obj: object) -> int:
 
 # --- JSON, before it is decoded
 
-_PIECE_BYTES = 1 << 16
-_STRUCTURE = b'"{[,:\\/0'
-"""What a piece of JSON is reduced to: every digit as 0, every closing bracket as a comma."""
+_PIECE_CHARACTERS = 1024
+_READY = frozenset({b"true", b"false", b"null", *(b"%d" % number for number in range(-5, 257))})
+_READY_TEXT = frozenset({"", *map(chr, range(256))})
+"""What Python keeps ready, so that a document takes nothing for it."""
 
-_TO_STRUCTURE = bytes.maketrans(b"123456789.]}", b"0000000000,,")
-_NO_STRUCTURE = bytes(
-    byte for byte in range(256) if bytes([byte]).translate(_TO_STRUCTURE) not in _STRUCTURE
-)
-_ASCII = bytes(range(128))
-_TO_WIDTH = bytes(
-    0x80 if byte < 0xC0 else 0xC0 if byte < 0xC4 else 0xC4 if byte < 0xF0 else 0xF0
-    for byte in range(256)
-)
-"""What bytes of UTF-8 say: a character goes on (0x80), or one begins that takes a ``str`` of
-1 byte (0xC0), 2 bytes (0xC4) or 4 bytes (0xF0) for each of its characters."""
-
-_COUNTED = (
-    "characters",
-    "quotes",
-    "keys",
-    "dicts",
-    "lists",
-    "numbers",
-    "long numbers",
-    "digits",
-    "wide",
-    "widest",
-)
-_STR_BYTES = sys.getsizeof("") + 6
-_NUMBER_BYTES = 28
-_LIST_BYTES = 72
-_ELEMENT_BYTES = 9
+_DECODER = JSONDecoder(strict=False)  # takes the control character that separates strings
+_TO_BLANKS = bytes.maketrans(b",:[]{}", b"      ")
+_AFTER_STRING = frozenset(",:]}\n\r")
+_NO_STRINGS = b" \t\r\n0123456789+-.eE,:[]{}truefalsn"
+_CUT_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?\Z")
+_ROUNDED_UP = 6
+"""Strings are allocated in steps of 8 or 16 bytes; ``sys.getsizeof`` does not count that."""
 
 
 def decoded_json(raw: bytes | bytearray | memoryview | str) -> int:
     """Estimate how many bytes the objects take that ``json.loads(raw)`` would make.
 
-    It counts quotes, brackets and digits and parses nothing, so it takes about half the time
-    of ``json.loads``, and needs next to no memory. Besides the objects, ``json.loads`` needs
-    a copy of its input while it works if that is no ``str``; add ``len(raw)`` for that.
+    Besides the objects, ``json.loads`` needs a copy of its input while it works if that is no
+    ``str``; add ``len(raw)`` for that.
 
-    Against ``tracemalloc`` on CPython 3.11 it was within -25 % and +30 % of the truth
-    for records, logs, GeoJSON, embeddings, metrics and lock files in ASCII. Text in other
-    scripts was up to 35 % too low or 40 % too high, and it is too high where there is less
-    than it looks: three times for numbers from 100 to 256, which Python keeps ready, or for
-    text full of digits, brackets and escapes.
+    It looks at 8 to 64 pieces of 1 KiB each from all over the document (at all of a short
+    one), counts the strings, numbers, keys and brackets in them, and takes the rest to be
+    alike. So it takes a few milliseconds at most: for documents of 2 MB 0.08 of the time of
+    ``json.loads`` in all, up to 0.4 where that has little to do. For 50 to 100 KB of records
+    it is 0.2 to 0.6, and about as long as ``json.loads`` itself, or for 100 bytes four times
+    as long (15 microseconds), where the document is short.
+
+    Against ``tracemalloc`` on CPython 3.11, 3.12 and 3.13 it was within -10 % and +25 % of the
+    truth for 92 kinds of documents of 150 bytes to 380 KB, each written in 6 ways (compact,
+    indented, with and without escapes), and within -21 % and +23 % for mixtures of unlike
+    parts. What the pieces do not show it cannot know: it was 40 % too low where one emoji
+    widens a string of 16 KB, and 90 % too high for 300 dicts in each other, indented. Who
+    makes a document in order to deceive it can do worse.
 
     Args:
         raw: JSON, or several JSON documents in a row; it need not be valid.
     """
-    counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
-    for piece in _pieces(raw):
-        _count_structure(piece, counts)
-    quotes, keys, numbers = counts["quotes"], counts["keys"], counts["numbers"]
-    dicts, lists, wide = counts["dicts"], counts["lists"], counts["wide"]
-    strings = max(0, quotes // 2 - keys)
-    keys_each = keys / max(dicts, 1)
-    # json.loads makes every key once, and most documents repeat those of a few kinds of dict.
-    unlike = min(keys, int(8 * keys_each) + 8)
-    elements = max(0, strings + numbers + dicts + lists - keys)
-    # What no bracket, number or key takes is the text of the strings. Which digits belong to
-    # numbers is not known, so numbers and strings get equal shares.
-    of_numbers = counts["digits"] * numbers / max(1, numbers + strings + unlike)
-    text = counts["characters"] - quotes - 3 * keys - elements - 2 * (dicts + lists)
-    text = max(0, int(text - of_numbers) - 8 * (keys - unlike))
-    # One wide character widens the string that it is in.
-    each = text / max(strings, 1)
-    widened = min(text, int(wide * each)) + 2 * min(text, int(counts["widest"] * each))
-    return (
-        dicts * _dict_bytes(keys_each)
-        + lists * _LIST_BYTES
-        + elements * _ELEMENT_BYTES
-        + (strings + unlike) * _STR_BYTES
-        + counts["long numbers"] * _NUMBER_BYTES
-        + text
-        + widened
+    pieces, scale = _pieces(raw)
+    met = Counter[str]()
+    keys = elements = numbers = texts = 0
+    # Of each, how many there are, and how many are empty.
+    dicts = empty_dicts = lists = empty_lists = 0
+    for position, piece in enumerate(pieces):
+        escaped = "\\" in piece
+        if escaped:
+            piece = piece.replace("\\\\", "\\n").replace('\\"', "\\n")
+            piece = _CUT_ESCAPE.sub("", piece)
+        parts = piece.split('"')
+        cut = position > 0 and _begins_in_string(parts)
+        strings = parts[not cut :: 2]
+        if escaped:
+            strings = _unescaped(strings)
+        pairs = zip(strings, parts[2 - cut :: 2], strict=False)  # a cut string has nothing after
+        names = [name for name, after in pairs if ":" in after]
+        structure = "".join(parts[cut::2]).encode("ascii", "replace")
+        tokens = structure.translate(_TO_BLANKS).split()
+        numbers += sum(map(_number_bytes, [token for token in tokens if token not in _READY]))
+        texts += _text_bytes(strings) - _text_bytes(names) - cut * sys.getsizeof("")
+        elements += len(tokens) + len(strings) - cut - 2 * len(names)
+        keys += len(names)
+        met.update(names[cut:])
+        dicts += structure.count(b"{")
+        lists += structure.count(b"[")
+        empty_dicts += structure.count(b"{}")
+        empty_lists += structure.count(b"[]")
+    # json.loads makes every key once. Those met once are taken to be as rare everywhere.
+    once = [name for name, times in met.items() if times == 1]
+    nbytes = (
+        texts
+        + numbers
+        + _text_bytes(once)
+        + _dicts_bytes(dicts - empty_dicts, keys)
+        + _lists_bytes(lists - empty_lists, elements + dicts + lists)
+        + empty_dicts * sys.getsizeof({})
+        + empty_lists * sys.getsizeof([])
     )
+    return max(0, round(scale * nbytes) + _text_bytes(met.keys() - once))
 
 
-def _pieces(raw: bytes | bytearray | memoryview | str) -> Iterator[bytes]:
+def _pieces(raw: bytes | bytearray | memoryview | str) -> tuple[list[str], float]:
+    """Give pieces from all over a document, and of how many times as much they are part."""
     if isinstance(raw, str):
-        for start in range(0, len(raw), _PIECE_BYTES):
-            yield raw[start : start + _PIECE_BYTES].encode("utf-8", "surrogatepass")
-    else:
-        with memoryview(raw) as view, view.cast("B") as flat:
-            for start in range(0, len(flat), _PIECE_BYTES):
-                yield bytes(flat[start : start + _PIECE_BYTES])
+        places, scale = _places(len(raw))
+        return [raw[place] for place in places], scale
+    with memoryview(raw) as view, view.cast("B") as flat:
+        places, scale = _places(len(flat))
+        return [str(flat[place], "utf-8", "ignore") for place in places], scale
 
 
-def _count_structure(piece: bytes, counts: dict[str, int]) -> None:
-    """Add what there is of everything in a piece of JSON, wherever it was cut."""
-    structure = piece.translate(_TO_STRUCTURE, _NO_STRUCTURE)
-    counts["characters"] += len(piece)
-    counts["quotes"] += structure.count(b'"')
-    counts["keys"] += structure.count(b'":') - structure.count(b'"://')  # but "https://..."
-    counts["dicts"] += structure.count(b"{")
-    counts["lists"] += structure.count(b"[")
-    counts["numbers"] += structure.count(b"0,")
-    counts["long numbers"] += structure.count(b"000,")  # Python keeps the smallest ready
-    counts["digits"] += structure.count(b"0")
-    if b"\\" in structure:
-        escapes = piece.count(b"\\u")
-        counts["quotes"] -= structure.count(b'\\"')
-        counts["wide"] += escapes
-        counts["characters"] -= 5 * escapes
-        counts["digits"] -= 2 * escapes  # of four hexadecimal digits
-    if b"\n" in piece:
-        counts["characters"] -= 2 * piece.count(b"  ")
-    if not piece.isascii():
-        widths = piece.translate(_TO_WIDTH, _ASCII)
-        widest = widths.count(b"\xf0")
-        counts["characters"] -= widths.count(b"\x80")
-        counts["wide"] += widths.count(b"\xc4") + widest
-        counts["widest"] += widest
+def _places(length: int) -> tuple[list[slice], float]:
+    count = min(max(8, length // (12 * _PIECE_CHARACTERS)), 64)
+    step = length / count
+    if step <= _PIECE_CHARACTERS:
+        return [slice(0, length)], 1.0
+    # Even steps would meet only one kind of things that alternate.
+    starts = [int(i * step + i * _GOLDEN % 1 * (step - _PIECE_CHARACTERS)) for i in range(count)]
+    places = [slice(start, start + _PIECE_CHARACTERS) for start in starts]
+    return places, step / _PIECE_CHARACTERS
 
 
-def _dict_bytes(keys: float) -> int:
-    """Give the size of a dict with that many keys, which were added one by one."""
-    if not keys:
-        return 64
+def _begins_in_string(parts: list[str]) -> bool:
+    """Tell whether the first of the parts between quotes belongs to a string."""
+    if len(parts) == 1:
+        return bool(parts[0].encode("ascii", "replace").translate(None, _NO_STRINGS))
+    odd = sum(part[:1] in _AFTER_STRING for part in parts[1:9:2])
+    return odd > sum(part[:1] in _AFTER_STRING for part in parts[2:10:2])
+
+
+def _unescaped(strings: list[str]) -> list[str]:
+    try:
+        return cast("str", _DECODER.decode('"' + "\x1f".join(strings) + '"')).split("\x1f")
+    except ValueError:  # it is no JSON
+        return strings
+
+
+def _text_bytes(strings: Iterable[str]) -> int:
+    made = [text for text in strings if text not in _READY_TEXT]
+    return sum(map(str.__sizeof__, made)) + _ROUNDED_UP * len(made)
+
+
+def _number_bytes(token: bytes) -> int:
+    return 24 if 46 in token or 101 in token else 28 + len(token) // 10 * 4  # 46 ".", 101 "e"
+
+
+def _dicts_bytes(count: int, keys: int) -> int:
+    """Give the size of so many dicts with so many keys in all, which were added one by one."""
+    if count <= 0:
+        return 0
+    each = max(1, round(keys / count))
     slots = 8
-    while slots * 2 // 3 < keys:
+    while slots * 2 // 3 < each:
         slots *= 2
     index_bytes = 1 if slots <= 1 << 8 else 2 if slots <= 1 << 16 else 4
     # Where the average dict is small, some are larger, and step up to twice the slots.
-    larger = int(10 * keys) if slots == 8 else 0
-    return 96 + slots * index_bytes + slots * 2 // 3 * 16 + larger
+    larger = 6 * each if slots == 8 else 0
+    return count * (96 + slots * index_bytes + slots * 2 // 3 * 16 + larger)
+
+
+def _lists_bytes(count: int, elements: int) -> int:
+    """Give the size of so many lists with so many elements in all, appended one by one."""
+    if count <= 0:
+        return 0
+    each = round(elements / count)
+    slots = 4 if each <= 4 else each + -each % 8 if each <= 40 else each * 17 // 16
+    return count * (sys.getsizeof([]) + 8 * slots)
 
 
 # --- anything, once it is there
 
-_SAMPLE = 128
-_SMALL_SAMPLE = 16
-_SMALL_AFTER = 2000
-"""How many elements of a long container are looked at; fewer after so many objects."""
-
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, bytearray, type(None)})
-_CONTAINERS: tuple[type[Collection[Any]], ...] = (list, tuple, set, frozenset, deque, dict)
+_CONTAINERS = frozenset(
+    {list, tuple, set, frozenset, deque, dict, OrderedDict, defaultdict, Counter}
+)
+_BUILT_IN: tuple[type[Collection[Any]], ...] = (list, tuple, set, frozenset, deque, dict)
 _PROGRAM = (
     type,
     ModuleType,
@@ -285,13 +304,16 @@ def deep(obj: object) -> int:
 
     It follows containers, attributes, slots, dataclasses and whatever else the garbage
     collector can follow; objects that are shared count once, cycles end, and classes,
-    functions and modules count nothing. Of a list, tuple, set, deque or dict with more than
-    128 elements it looks at 128 all over it (at 16 once it has seen 2000 objects), so that a
-    long one costs little more than a short one; that is good to a few percent if they are
-    alike, and a guess if they are not.
+    functions and modules count nothing. No code of the objects runs but ``__sizeof__``.
 
-    Takes about half a microsecond for each object looked at. Memory that an extension
-    module holds counts if the object tells (``sys.getsizeof``), as NumPy's arrays do.
+    Of whatever holds many objects it looks at no more than 128 all over it, at 16 once it has
+    seen 2000 objects, and at 2 after 10 000. So a long container costs little more than a
+    short one, and lists in lists end soon. Objects that hold few others, as the nodes of a
+    tree do, are all looked at. It is a guess for what is unlike; of 95 kinds of decoded JSON
+    it was within -10 % and +15 % of the truth on CPython 3.11, 3.12 and 3.13.
+
+    Takes one to ten microseconds for each object looked at. Memory that an extension module
+    holds counts if the object tells (``sys.getsizeof``), as NumPy's arrays do.
     """
     total = 0.0
     seen: set[int] = set()
@@ -302,42 +324,66 @@ def deep(obj: object) -> int:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if type(item) in _PLAIN:
+        kind = cast("Any", type(item))
+        if kind in _PLAIN:
             total += weight * sys.getsizeof(item)
             continue
-        if isinstance(item, _PROGRAM):
+        if issubclass(kind, _BUILT_IN):
+            parts = _parts(item, kind)
+        elif issubclass(kind, _PROGRAM):
             continue
-        total += weight * sys.getsizeof(item)
-        if isinstance(item, _CONTAINERS):
-            sample = _SAMPLE if len(seen) < _SMALL_AFTER else _SMALL_SAMPLE
-            for part in _parts(item):
-                rest += [(each, weight * times) for each, times in _elements(part, sample)]
-            if hasattr(cast("object", item), "__dict__"):
-                rest.append((vars(item), weight))
         else:
             held = gc.get_referents(item)
-            rest += [(each, weight) for each in held]
-            if type(item).__dictoffset__ < 0:
+            parts = [held]
+            if kind.__dictoffset__ < 0:
                 total += weight * 8 * len(held)  # its attributes, which getsizeof leaves out
+        total += weight * sys.getsizeof(item)
+        size = 128 if len(seen) < 2000 else 16 if len(seen) < 10_000 else 2
+        for part in parts:
+            rest += [(each, weight * times) for each, times in _elements(part, size)]
     return round(total)
 
 
-def _parts(container: Any) -> tuple[Collection[Any], ...]:
-    if isinstance(container, dict):
-        return cast("tuple[Collection[Any], ...]", (container.keys(), container.values()))
-    return (container,)
+def _parts(item: Any, kind: Any) -> list[Collection[Any]]:
+    """Give what a container holds and its attributes, and call no method of a subclass."""
+    parts: list[Collection[Any]]
+    if issubclass(kind, dict):
+        as_dict = cast("type[dict[Any, Any]]", dict)
+        parts = [as_dict.keys(item), as_dict.values(item)]
+    elif kind in _CONTAINERS:
+        parts = [item]
+    else:
+        parts = [list(next(base for base in _BUILT_IN if base in kind.__mro__).__iter__(item))]
+    if kind.__dictoffset__:
+        parts.append([vars(item)])
+    if kind not in _CONTAINERS:
+        parts.append([*_in_slots(item, cast("type[Any]", kind))])
+    return parts
+
+
+def _in_slots(item: object, kind: type[Any]) -> Iterator[Any]:
+    for each in kind.__mro__:
+        if vars(each).get("__slots__"):
+            for member in vars(each).values():
+                if isinstance(member, MemberDescriptorType):
+                    with suppress(AttributeError):  # nothing was assigned to it
+                        yield member.__get__(item, kind)
 
 
 def _elements(items: Collection[Any], size: int) -> Iterable[tuple[Any, float]]:
     """Give elements of a container, each with the number of objects for which it stands."""
     if len(items) <= size:
         return [(item, 1.0) for item in items]
+    spread = _spread(items, size)
     # Python keeps small numbers ready; they would look like objects that are shared.
-    sample = [item for item in _spread(items, size) if not _is_ready(item)]
+    sample = [item for item in spread if not _is_ready(item)]
     times = Counter(map(id, sample))
+    if len(times) == len(sample):
+        each = len(items) / len(spread)
+        return [(item, each) for item in sample]
     met = Counter(times.values())
     once, twice = met[1], met[2]
-    rare = len(items) * (once + 2 * twice) / size
+    rare = len(items) * (once + 2 * twice) / len(spread)
     if 20 * twice >= once:
         # So many met again: how many there are, by how many were met once and twice (Chao).
         rare = min(rare, once + twice + once * once / max(2 * twice, 1))
@@ -349,14 +395,14 @@ def _is_ready(item: object) -> bool:
     return type(item) is int and -5 <= item <= 256
 
 
-def _spread(items: Collection[Any], size: int) -> Iterator[Any]:
-    """Give so many elements from all over a container, at uneven steps."""
+def _spread(items: Collection[Any], size: int) -> list[Any]:
+    """Give about so many elements from all over a container, at uneven steps."""
     # Even steps would meet only one kind of elements that alternate.
-    places = [int((i + i * 0.6180339887 % 1) * len(items) / size) for i in range(size)]
+    places = {int((i + i * _GOLDEN % 1) * len(items) / size): None for i in range(size)}
     if isinstance(items, (list, tuple)):
-        yield from (items[place] for place in places)
-        return
-    stream, position = iter(items), 0
+        return [items[place] for place in places]
+    stream, position, found = iter(items), 0, list[Any]()
     for place in places:
-        yield next(islice(stream, place - position, None))
+        found += islice(stream, place - position, place - position + 1)
         position = place + 1
+    return found

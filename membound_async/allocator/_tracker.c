@@ -617,8 +617,11 @@ note_data(bool was_busy, void *p, size_t n)
 {
     here.busy = was_busy;
     uint32_t group = p != NULL && enabled && !was_busy ? group_to_charge(PYMEM_DOMAIN_RAW) : NONE;
-    if (group != NONE)
+    if (group != NONE) {
         is_wide ? note(true, true, p, n, group) : note(false, true, p, n, group);
+        if (has_gil())
+            look_elsewhere(group);   /* what is freed soon counts for the peak */
+    }
     return p;
 }
 

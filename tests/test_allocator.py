@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import os
 import pickle
 import shutil
 import subprocess
@@ -363,7 +364,11 @@ async def main():
 asyncio.run(main())
 """
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", program], check=False, capture_output=True, text=True
+        [sys.executable, "-P", "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MEMBOUND_EXTENSION": ""},
     )
     assert (ended.returncode, ended.stderr) == (0, "")
 

@@ -6,6 +6,7 @@ MEMBOUND_EXTENSION=no builds without them, =yes fails if they cannot be built.
 import os
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -33,8 +34,8 @@ extensions = [
     Extension(
         "membound_async.allocator._tracker",
         ["membound_async/allocator/_tracker.c"],
-        depends=["membound_async/allocator/membound_tracker.h"],
-        extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", *WARNINGS],
+        depends=glob("membound_async/allocator/*.h"),
+        extra_compile_args=["-std=gnu11", "-O2", "-fno-plt", "-fvisibility=hidden", *WARNINGS],
         optional=wanted != "yes",
     ),
 ]

@@ -1,28 +1,41 @@
 /* _tracker: which group's code has allocated what, for every block of CPython's allocators.
  *
- * Hooks around the three allocator domains charge a block to the group whose context made it,
- * and credit that group when the block is freed, by whomever. A shadow of the address space
- * says of each block whose it is and how large. Figures and choices: docs/topics/tracking.md.
+ * Hooks in the three allocator domains charge a block to the group whose context made it, and
+ * credit that group when the block is freed, by whomever. Each part is a file of its own; here
+ * are groups and scopes as Python sees them. Figures and choices: docs/topics/tracking.md.
+ *
+ *     _counts.h    what is counted for each group
+ *     _shadow.h    an entry for each block outside the heap: whose it is, and how large
+ *     _current.h   the group to charge: the context's
+ *     _heap.h      where small blocks come from, each with its entry, in place of pymalloc
+ *     _hooks.h     malloc, calloc, realloc and free of each domain
+ *     _numpy.h     the same for the data of NumPy's arrays
  *
  * Invariants
  *
- * 1. A block is counted iff the shadow has an entry at its first granule. The entry is written
- *    after the block is had and cleared before it is given back, so a block that is unknown
- *    (from before install(), or made while counting was off) needs no care anywhere.
- * 2. Entries inside a block carry no group: a stale one is never taken for a block's start.
- * 3. Plain counters are written with the GIL of the main interpreter held, atomic ones by
- *    everybody else.
- * 4. Without the GIL no Python object is touched. With it, only resolve() touches any, and
- *    what that might allocate passes through unseen, because `here.busy` is set.
- * 5. The original allocator is called with `here.busy` set, so that a block which pymalloc
- *    takes from the raw domain is counted once.
+ * 1. A block is counted iff it has an entry: it is written after the block is had and cleared
+ *    before it is given back. So a block that is unknown (from before install(), or made while
+ *    counting was off) needs no care anywhere. What comes from the heap is always counted.
+ * 2. Entries of addresses inside a block name no group: a stale one is never taken for a block.
+ * 3. Plain counters, `current` and the heap are touched with the GIL of the main interpreter
+ *    held only, atomic counters and the shadow by everybody.
+ * 4. Without the GIL no Python object is touched. With it, only resolve() touches any, and what
+ *    that might allocate is not counted, because `here.busy` is set.
+ * 5. `here.busy` is set while another allocator or NumPy is called, so that what it takes from
+ *    the raw domain in its turn is counted once.
  * 6. Hooks keep the original's ctx and ignore it: an allocator that is read while it is being
- *    set works whichever of its functions are already there.
- * 7. Scope alone writes the context variable, and tells `here` of the group before and after:
- *    setting a variable does not change the context's version.
- * 8. A slot is used again only when nothing charged to it is live and no context names it.
+ *    set works, whichever of its functions are there already.
+ * 7. Scope alone writes the context variable, and says so to `current` before and after:
+ *    setting a variable does not change the version of its context.
+ * 8. With the heap, a counted block of the MEM and OBJ domains that is not in it has come from
+ *    the raw domain's original. Blocks that are not counted are the domain's original's.
+ * 9. A slot is used again only when nothing charged to it is live and no context names it.
  */
 #define PY_SSIZE_T_CLEAN
+#include <patchlevel.h>
+#if PY_VERSION_HEX < 0x030C0000
+#define Py_BUILD_CORE_MODULE   /* for the thread state */
+#endif
 #include <Python.h>
 
 #ifdef Py_GIL_DISABLED
@@ -41,701 +54,38 @@ PyInit__tracker(void)
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include "membound_tracker.h"
+
+#if PY_VERSION_HEX < 0x030C0000
+/* A sixth of what counting costs is a call here, of a function that reads one word. */
+#include <internal/pycore_runtime.h>
+#define thread_state()                                                                           \
+    ((PyThreadState *)__atomic_load_n(&_PyRuntime.gilstate.tstate_current._value,                \
+                                      __ATOMIC_RELAXED))
+#elif PY_VERSION_HEX < 0x030D0000
+#define thread_state() _PyThreadState_UncheckedGet()
+#else
+#define thread_state() PyThreadState_GetUnchecked()
+#endif
 
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define INLINE static inline __attribute__((always_inline))
 #define COLD static __attribute__((cold, noinline))
 
-#if PY_VERSION_HEX >= 0x030D0000
-#define thread_state() PyThreadState_GetUnchecked()
-#else
-#define thread_state() _PyThreadState_UncheckedGet()
-#endif
-
-/* ------------------------------------------------------------------- groups and counters */
-
-enum { NONE, ROOT };          /* what an entry says of a block that is not counted; of root's */
-#define NARROW_GROUPS 126     /* besides root, with 7 bits */
-#define WIDE_GROUPS 65535     /* with 17 bits */
-#define MAX_GROUPS (ROOT + WIDE_GROUPS)
-
-/* Of blocks of the MEM and OBJ domains. */
-typedef struct {
-    uint64_t allocated_bytes, allocated_objects, deallocated_bytes, deallocated_objects;
-    int64_t peak_bytes;     /* of all that was live at one time */
-    int64_t elsewhere;      /* live bytes in shared_counts, as last seen with the GIL */
-} __attribute__((aligned(64))) counts_t;
-
-/* Of blocks of the RAW domain and of NumPy, and of bytes that were charged. */
-typedef struct {
-    _Atomic uint64_t allocated_bytes, allocated_objects, deallocated_bytes, deallocated_objects;
-    _Atomic uint64_t charged_bytes;   /* of allocated_bytes, by charge(), less discharge() */
-} __attribute__((aligned(64))) shared_counts_t;
-
-typedef struct {
-    PyObject *token;         /* what a context holds; NULL while nobody has had the slot */
-    struct Group *group;     /* not a reference; NULL if there is no object for it any more */
-    _Atomic uint32_t generation;   /* how many groups have had it */
-    bool retired;
-    counts_t before;         /* what was counted for those that had it earlier */
-} slot_t;
-
-static counts_t counts[MAX_GROUPS + 1];
-static shared_counts_t shared_counts[MAX_GROUPS + 1];
-static slot_t slots[MAX_GROUPS + 1];
-static uint32_t used_slots = NONE;   /* those beyond were never used */
-static uint32_t next_slot = ROOT;    /* where the search for a retired one goes on */
-static uint32_t most_groups = NARROW_GROUPS;
-
-INLINE void
-count_allocated(uint32_t group, size_t n)
-{
-    counts_t *c = &counts[group];
-    c->allocated_bytes += n;
-    c->allocated_objects++;
-    int64_t live = (int64_t)(c->allocated_bytes - c->deallocated_bytes) + c->elsewhere;
-    if (live > c->peak_bytes)
-        c->peak_bytes = live;
-}
-
-INLINE void
-count_deallocated(uint32_t group, size_t n)
-{
-    counts[group].deallocated_bytes += n;
-    counts[group].deallocated_objects++;
-}
-
-/* Brings `elsewhere` and the peak up to date; with the GIL. */
-static void
-look_elsewhere(uint32_t group)
-{
-    counts_t *c = &counts[group];
-    uint64_t freed = shared_counts[group].deallocated_bytes;   /* first: never below 0 */
-    c->elsewhere = (int64_t)(shared_counts[group].allocated_bytes - freed);
-    int64_t live = (int64_t)(c->allocated_bytes - c->deallocated_bytes) + c->elsewhere;
-    if (live > c->peak_bytes)
-        c->peak_bytes = live;
-}
-
-static void
-count_allocated_shared(uint32_t group, size_t n)
-{
-    atomic_fetch_add_explicit(&shared_counts[group].allocated_bytes, n, memory_order_relaxed);
-    atomic_fetch_add_explicit(&shared_counts[group].allocated_objects, 1, memory_order_relaxed);
-}
-
-static void
-count_deallocated_shared(uint32_t group, size_t n)
-{
-    atomic_fetch_add_explicit(&shared_counts[group].deallocated_objects, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&shared_counts[group].deallocated_bytes, n, memory_order_relaxed);
-}
-
-/* What was counted for the group that has the slot; with the GIL. */
-static counts_t
-total(uint32_t group)
-{
-    look_elsewhere(group);
-    counts_t sum = counts[group], *before = &slots[group].before;
-    shared_counts_t *shared = &shared_counts[group];
-    sum.deallocated_bytes += shared->deallocated_bytes - before->deallocated_bytes;
-    sum.deallocated_objects += shared->deallocated_objects - before->deallocated_objects;
-    sum.allocated_bytes += shared->allocated_bytes - before->allocated_bytes;
-    sum.allocated_objects += shared->allocated_objects - before->allocated_objects;
-    return sum;
-}
-
-/* --------------------------------------------------------------------- the current group */
-
-static PyObject *variable;                    /* the ContextVar; never freed */
-static PyInterpreterState *main_interpreter;
-static bool finalizing;
-static uint64_t failed_lookups;
-static PyTypeObject Token_Type, Group_Type, Scope_Type;
-
-typedef struct {
-    PyObject_HEAD
-    uint32_t group;
-} Token;
-
-/* What this thread was found to charge, and the state of its context that this was found for. */
-typedef struct {
-    PyThreadState *thread;
-    uint64_t thread_id, context_version;
-    uint32_t group, generation;
-    bool busy;
-} here_t;
-
-/* With a thread that no thread state is equal to. */
-static __thread here_t here
-#ifdef __GLIBC__
-    __attribute__((tls_model("initial-exec")))
-#endif
-    = {.thread = (PyThreadState *)1, .group = ROOT};
-
-INLINE void
-remember(PyThreadState *thread, uint32_t group)
-{
-    here.thread = thread;
-    here.thread_id = thread->id;
-    here.context_version = thread->context_ver;
-    here.group = group;
-    here.generation = slots[group].generation;
-}
-
-/* Looks up the group of the current context. Keeps a pending exception; errors mean root. */
-COLD uint32_t
-resolve(PyThreadState *thread)
-{
-    if (thread == NULL)
-        return ROOT;
-    uint32_t group = ROOT;
-    here.busy = true;
-    if (thread->interp != main_interpreter) {
-        /* On 3.11 it has the same GIL; later it may have its own, and is not counted. */
-        group = PY_VERSION_HEX < 0x030C0000 ? ROOT : NONE;
-    }
-    else if (thread->context != NULL && !finalizing) {
-        PyObject *value = NULL;
-#if PY_VERSION_HEX >= 0x030C0000
-        PyObject *pending = PyErr_GetRaisedException();
-#else
-        PyObject *pending, *pending_value, *pending_traceback;
-        PyErr_Fetch(&pending, &pending_value, &pending_traceback);
-#endif
-        if (PyContextVar_Get(variable, NULL, &value) < 0) {
-            failed_lookups++;   /* at the recursion limit, for one */
-            PyErr_Clear();
-        }
-        else if (value != NULL) {
-            if (Py_IS_TYPE(value, &Token_Type))
-                group = ((Token *)value)->group;
-            Py_DECREF(value);   /* the context has another reference */
-        }
-#if PY_VERSION_HEX >= 0x030C0000
-        PyErr_SetRaisedException(pending);
-#else
-        PyErr_Restore(pending, pending_value, pending_traceback);
-#endif
-    }
-    remember(thread, group);
-    here.busy = false;
-    return group;
-}
-
-/* With the GIL. */
-INLINE uint32_t
-current_group(void)
-{
-    PyThreadState *thread = thread_state();
-    if (LIKELY(thread == here.thread && thread->id == here.thread_id
-               && thread->context_ver == here.context_version))
-        return here.group;
-    return resolve(thread);
-}
-
-/* Whether this thread has the GIL of the main interpreter. On 3.11 the thread state that is
- * current is the process's, so it may be another thread's. */
-static bool
-has_gil(void)
-{
-    PyThreadState *thread = thread_state();
-#if PY_VERSION_HEX < 0x030C0000
-    return thread != NULL && thread == PyGILState_GetThisThreadState();
-#else
-    return thread != NULL && thread->interp == main_interpreter;
-#endif
-}
-
-/* Without the GIL: the group that the thread charged last, if it is still there. */
-static uint32_t
-last_group(void)
-{
-    uint32_t group = here.group;
-    return group != NONE && slots[group].generation == here.generation ? group : ROOT;
-}
-
-/* ----------------------------------------------------------------------------- the shadow */
-
-/* One entry for each granule of 16 bytes, in leaves of lazily mapped memory. An entry is the
- * group above the code of the size: size - 1, or all ones for a large block, whose size stands
- * in the next granules' entries, CODE_BITS in each. */
-#define GRANULE 16
-#if defined(__aarch64__)
-#define ADDRESS_BITS 48
-#else
-#define ADDRESS_BITS 47
-#endif
-#define LEAF_BITS 26
-#define UNTRACKABLE (~((((uintptr_t)1 << ADDRESS_BITS) - 1) & ~(uintptr_t)(GRANULE - 1)))
-#define CODE_BITS(wide) ((wide) ? 15 : 9)
-#define LARGE(wide) ((1u << CODE_BITS(wide)) - 1)
-#define LARGE_ENTRIES 5
-#define SHADOW_SHIFT(wide) ((wide) ? 2 : 3)
-#define LEAF_BYTES(wide) (((size_t)1 << (LEAF_BITS - SHADOW_SHIFT(wide))) + 4096)
-
-/* Where the entry of address 0 would be, as seen from each leaf; 0: not mapped. */
-static _Atomic uintptr_t directory[(size_t)1 << (ADDRESS_BITS - LEAF_BITS)];
-static _Atomic uint64_t lost_blocks;   /* not counted for want of a leaf or an aligned address */
-static _Atomic uint64_t freed_unseen;  /* freed by another than the hooks, found out later */
-static bool is_wide;
-
-COLD uintptr_t
-map_leaf(bool wide, uintptr_t address)
-{
-    size_t index = address >> LEAF_BITS;
-    void *leaf = mmap(NULL, LEAF_BYTES(wide), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (leaf == MAP_FAILED)
-        return 0;
-#ifdef MADV_NOHUGEPAGE
-    madvise(leaf, LEAF_BYTES(wide), MADV_NOHUGEPAGE);
-#endif
-#ifdef MADV_DONTDUMP
-    madvise(leaf, LEAF_BYTES(wide), MADV_DONTDUMP);
-#endif
-    uintptr_t origin = (uintptr_t)leaf - ((index << LEAF_BITS) >> SHADOW_SHIFT(wide));
-    uintptr_t others = 0;
-    if (!atomic_compare_exchange_strong(&directory[index], &others, origin)) {
-        munmap(leaf, LEAF_BYTES(wide));
-        return others;
-    }
-    return origin;
-}
-
-/* The entry of an address; NULL if it has none, unless `make`. */
-INLINE char *
-find_entry(bool wide, const void *p, bool make)
-{
-    uintptr_t address = (uintptr_t)p;
-    if (UNLIKELY(address & UNTRACKABLE))
-        return NULL;
-    uintptr_t origin = atomic_load_explicit(&directory[address >> LEAF_BITS], memory_order_relaxed);
-    if (UNLIKELY(origin == 0) && (!make || (origin = map_leaf(wide, address)) == 0))
-        return NULL;
-    return (char *)(origin + (address >> SHADOW_SHIFT(wide)));
-}
-
-INLINE uint32_t
-load(bool wide, const char *entry, int i)
-{
-    return wide ? ((const uint32_t *)entry)[i] : ((const uint16_t *)entry)[i];
-}
-
-INLINE void
-store(bool wide, char *entry, int i, uint32_t value)
-{
-    if (wide)
-        ((uint32_t *)entry)[i] = value;
-    else
-        ((uint16_t *)entry)[i] = (uint16_t)value;
-}
-
-INLINE uint32_t
-entry_group(bool wide, uint32_t value)
-{
-    return value >> CODE_BITS(wide);
-}
-
-INLINE size_t
-entry_size(bool wide, const char *entry, uint32_t value)
-{
-    uint32_t code = value & LARGE(wide);
-    if (LIKELY(code != LARGE(wide)))
-        return (size_t)code + 1;
-    size_t size = 0;
-    for (int i = LARGE_ENTRIES; i > 0; i--)
-        size = size << CODE_BITS(wide) | load(wide, entry, i);
-    return size;
-}
-
-/* Writes down a block, and counts it. One of 0 bytes counts as 1. */
-INLINE void
-note(bool wide, bool shared, void *p, size_t n, uint32_t group)
-{
-    char *entry = find_entry(wide, p, true);
-    if (UNLIKELY(entry == NULL)) {
-        atomic_fetch_add_explicit(&lost_blocks, 1, memory_order_relaxed);
-        return;
-    }
-    uint32_t stale = load(wide, entry, 0);
-    if (UNLIKELY(entry_group(wide, stale) != NONE)) {
-        atomic_fetch_add_explicit(&freed_unseen, 1, memory_order_relaxed);
-        (shared ? count_deallocated_shared : count_deallocated)(entry_group(wide, stale),
-                                                                entry_size(wide, entry, stale));
-    }
-    n += n == 0;
-    uint32_t code = (uint32_t)n - 1;
-    if (UNLIKELY(n > LARGE(wide))) {
-        code = LARGE(wide);
-        size_t rest = n;
-        for (int i = 1; i <= LARGE_ENTRIES; i++) {
-            store(wide, entry, i, rest & LARGE(wide));
-            rest >>= CODE_BITS(wide);
-        }
-    }
-    store(wide, entry, 0, group << CODE_BITS(wide) | code);
-    (shared ? count_allocated_shared : count_allocated)(group, n);
-}
-
-/* The entry of a block; 0 if it is not counted, whatever a larger one has left there. */
-INLINE uint32_t
-look_at(bool wide, const char *entry)
-{
-    uint32_t value = entry == NULL ? 0 : load(wide, entry, 0);
-    return entry_group(wide, value) == NONE ? 0 : value;
-}
-
-/* The same, which is cleared. */
-INLINE uint32_t
-take_entry(bool wide, char *entry)
-{
-    uint32_t value = look_at(wide, entry);
-    if (value != 0)
-        store(wide, entry, 0, 0);
-    return value;
-}
-
-/* Counts a block whose entry was taken as freed; what it says of the size is still there. */
-INLINE void
-count_taken(bool wide, bool shared, const char *entry, uint32_t value)
-{
-    (shared ? count_deallocated_shared : count_deallocated)(entry_group(wide, value),
-                                                            entry_size(wide, entry, value));
-}
-
-/* ------------------------------------------------------------------------------ the hooks */
-
-#define DOMAINS 3   /* PYMEM_DOMAIN_RAW, _MEM, _OBJ */
-static PyMemAllocatorEx originals[DOMAINS];
-static bool installed, enabled;
-
-/* jemalloc and mimalloc align what is smaller than a granule to 8 bytes only. */
-#define A_GRANULE(n) ((n) < GRANULE ? GRANULE : (n))
-#define IS_SHARED(domain) ((domain) == PYMEM_DOMAIN_RAW)
-
-INLINE uint32_t
-group_to_charge(int domain)
-{
-    return IS_SHARED(domain) && !has_gil() ? last_group() : current_group();
-}
-
-INLINE void *
-tracked_malloc(bool wide, int domain, size_t n)
-{
-    PyMemAllocatorEx *original = &originals[domain];
-    if (UNLIKELY(!enabled || here.busy))
-        return original->malloc(original->ctx, A_GRANULE(n));
-    uint32_t group = group_to_charge(domain);
-    here.busy = true;
-    void *p = original->malloc(original->ctx, A_GRANULE(n));
-    here.busy = false;
-    if (LIKELY(p != NULL && group != NONE))
-        note(wide, IS_SHARED(domain), p, n, group);
-    return p;
-}
-
-INLINE void *
-tracked_calloc(bool wide, int domain, size_t count, size_t size)
-{
-    PyMemAllocatorEx *original = &originals[domain];
-    size_t n = count * size;   /* PyMem_Calloc has looked for an overflow */
-    if (n < GRANULE) {
-        count = 1;
-        size = GRANULE;
-    }
-    if (UNLIKELY(!enabled || here.busy))
-        return original->calloc(original->ctx, count, size);
-    uint32_t group = group_to_charge(domain);
-    here.busy = true;
-    void *p = original->calloc(original->ctx, count, size);
-    here.busy = false;
-    if (LIKELY(p != NULL && group != NONE))
-        note(wide, IS_SHARED(domain), p, n, group);
-    return p;
-}
-
-INLINE void
-tracked_free(bool wide, int domain, void *p)
-{
-    PyMemAllocatorEx *original = &originals[domain];
-    if (LIKELY(p != NULL)) {
-        char *entry = find_entry(wide, p, false);
-        uint32_t value = take_entry(wide, entry);
-        if (LIKELY(value != 0))
-            count_taken(wide, IS_SHARED(domain), entry, value);
-    }
-    original->free(original->ctx, p);
-}
-
-/* The entry is taken before the call: right after it the old block may be another thread's. */
-INLINE void *
-tracked_realloc(bool wide, int domain, void *p, size_t n)
-{
-    if (p == NULL)
-        return tracked_malloc(wide, domain, n);
-    PyMemAllocatorEx *original = &originals[domain];
-    char *entry = find_entry(wide, p, false);
-    uint32_t value = take_entry(wide, entry);
-    size_t old_n = value == 0 ? 0 : entry_size(wide, entry, value);
-    bool was_busy = here.busy;
-    uint32_t group = LIKELY(enabled && !was_busy) ? group_to_charge(domain) : NONE;
-    here.busy = true;
-    void *q = original->realloc(original->ctx, p, A_GRANULE(n));
-    here.busy = was_busy;
-    if (UNLIKELY(q == NULL)) {
-        if (value != 0)
-            store(wide, entry, 0, value);
-        return NULL;
-    }
-    if (LIKELY(value != 0)) {
-        uint32_t old_group = entry_group(wide, value);
-        (IS_SHARED(domain) ? count_deallocated_shared : count_deallocated)(old_group, old_n);
-    }
-    if (LIKELY(group != NONE))
-        note(wide, IS_SHARED(domain), q, n, group);
-    return q;
-}
-
-#define HOOKS(name, wide, domain)                                                                \
-    static void *name##_malloc(void *Py_UNUSED(ctx), size_t n)                                   \
-    { return tracked_malloc(wide, domain, n); }                                                  \
-    static void *name##_calloc(void *Py_UNUSED(ctx), size_t count, size_t size)                  \
-    { return tracked_calloc(wide, domain, count, size); }                                        \
-    static void *name##_realloc(void *Py_UNUSED(ctx), void *p, size_t n)                         \
-    { return tracked_realloc(wide, domain, p, n); }                                              \
-    static void name##_free(void *Py_UNUSED(ctx), void *p)                                       \
-    { tracked_free(wide, domain, p); }
-
-HOOKS(narrow_raw, false, PYMEM_DOMAIN_RAW)
-HOOKS(narrow_mem, false, PYMEM_DOMAIN_MEM)
-HOOKS(narrow_obj, false, PYMEM_DOMAIN_OBJ)
-HOOKS(wide_raw, true, PYMEM_DOMAIN_RAW)
-HOOKS(wide_mem, true, PYMEM_DOMAIN_MEM)
-HOOKS(wide_obj, true, PYMEM_DOMAIN_OBJ)
-
-#define HOOK(name) {NULL, name##_malloc, name##_calloc, name##_realloc, name##_free}
-static const PyMemAllocatorEx hooks[2][DOMAINS] = {
-    {HOOK(narrow_raw), HOOK(narrow_mem), HOOK(narrow_obj)},
-    {HOOK(wide_raw), HOOK(wide_mem), HOOK(wide_obj)},
-};
-
-/* Whether a domain's allocator is this one, so that it may be set without harm to others. */
-static bool
-on_top(int domain)
-{
-    PyMemAllocatorEx now;
-    PyMem_GetAllocator(domain, &now);
-    return now.free == hooks[is_wide][domain].free;
-}
-
-/* Sets the hooks. While counting is off, blocks come straight from the original, and only what
- * is freed is looked at. */
-static void
-set_hooks(int domain)
-{
-    PyMemAllocatorEx hook = hooks[is_wide][domain];
-    hook.ctx = originals[domain].ctx;
-    if (!enabled) {
-        hook.malloc = originals[domain].malloc;
-        hook.calloc = originals[domain].calloc;
-    }
-    PyMem_SetAllocator(domain, &hook);
-}
-
-static void
-switch_counting(bool on)
-{
-    enabled = on;
-    for (int domain = 0; domain < DOMAINS; domain++)
-        if (on_top(domain))
-            set_hooks(domain);
-}
-
-static void *
-malloc_in(int domain, size_t n)
-{
-    return domain == PYMEM_DOMAIN_RAW ? PyMem_RawMalloc(n)
-           : domain == PYMEM_DOMAIN_MEM ? PyMem_Malloc(n) : PyObject_Malloc(n);
-}
-
-static void
-free_in(int domain, void *p)
-{
-    domain == PYMEM_DOMAIN_RAW ? PyMem_RawFree(p)
-    : domain == PYMEM_DOMAIN_MEM ? PyMem_Free(p) : PyObject_Free(p);
-}
-
-/* Whether blocks of a domain do not come by the hooks any more: a tool that was there before
- * them has put back what it had found. One that came later calls them. */
-static bool
-displaced(int domain)
-{
-    if (on_top(domain)) {
-        set_hooks(domain);   /* a tool that ends puts back those from when it began */
-        return false;
-    }
-    uint32_t group = current_group();
-    bool was_enabled = enabled;
-    enabled = true;
-    uint64_t before = total(group).allocated_objects;
-    free_in(domain, malloc_in(domain, 1));
-    bool counted = total(group).allocated_objects != before;
-    enabled = was_enabled;
-    return group != NONE && !counted;
-}
-
-/* ------------------------------------------------------------------------- NumPy (NEP 49) */
-
-/* NumPy's own declarations; the library is looked up in its table of functions, so that
- * neither building nor running needs it. */
-typedef struct {
-    char name[127];
-    uint8_t version;
-    void *ctx;
-    void *(*malloc)(void *ctx, size_t n);
-    void *(*calloc)(void *ctx, size_t count, size_t size);
-    void *(*realloc)(void *ctx, void *p, size_t n);
-    void (*free)(void *ctx, void *p, size_t n);
-} PyDataMem_Handler;
-
-enum { SET_HANDLER = 304, GET_HANDLER, DEFAULT_HANDLER, FEATURE_VERSION = 211 };
-#define FIRST_WITH_HANDLERS 0x0F   /* NumPy 1.22 */
-
-static void **numpy;   /* its table; NULL while it is not loaded */
-static bool no_numpy;  /* too old a one */
-static PyDataMem_Handler *numpys;
-static PyObject *numpy_handler;
-
-/* NumPy 2.5 takes its memory from the raw domain, earlier ones from the C library: `was_busy`
- * has a block counted once in either case. */
-static void *
-note_data(bool was_busy, void *p, size_t n)
-{
-    here.busy = was_busy;
-    uint32_t group = p != NULL && enabled && !was_busy ? group_to_charge(PYMEM_DOMAIN_RAW) : NONE;
-    if (group != NONE) {
-        is_wide ? note(true, true, p, n, group) : note(false, true, p, n, group);
-        if (has_gil())
-            look_elsewhere(group);   /* what is freed soon counts for the peak */
-    }
-    return p;
-}
-
-INLINE bool
-get_busy(void)
-{
-    bool was_busy = here.busy;
-    here.busy = true;
-    return was_busy;
-}
-
-static void *
-data_malloc(void *Py_UNUSED(ctx), size_t n)
-{
-    bool was_busy = get_busy();
-    return note_data(was_busy, numpys->malloc(numpys->ctx, A_GRANULE(n)), n);
-}
-
-static void *
-data_calloc(void *Py_UNUSED(ctx), size_t count, size_t size)
-{
-    size_t n = count * size;
-    bool was_busy = get_busy();
-    return note_data(was_busy, n < GRANULE ? numpys->calloc(numpys->ctx, 1, GRANULE)
-                                           : numpys->calloc(numpys->ctx, count, size), n);
-}
-
-static void *
-data_realloc(void *Py_UNUSED(ctx), void *p, size_t n)
-{
-    char *entry = find_entry(is_wide, p, false);
-    uint32_t value = p == NULL ? 0 : take_entry(is_wide, entry);
-    size_t old_n = value == 0 ? 0 : entry_size(is_wide, entry, value);
-    bool was_busy = get_busy();
-    void *q = numpys->realloc(numpys->ctx, p, A_GRANULE(n));
-    if (value != 0 && q == NULL)
-        store(is_wide, entry, 0, value);
-    else if (value != 0)
-        count_deallocated_shared(entry_group(is_wide, value), old_n);
-    return note_data(was_busy, q, n);
-}
-
-static void
-data_free(void *Py_UNUSED(ctx), void *p, size_t n)
-{
-    char *entry = find_entry(is_wide, p, false);
-    uint32_t value = p == NULL ? 0 : take_entry(is_wide, entry);
-    if (value != 0)
-        count_taken(is_wide, true, entry, value);
-    numpys->free(numpys->ctx, p, n);
-}
-
-static PyDataMem_Handler data_handler = {
-    "membound_tracker", 1, NULL, data_malloc, data_calloc, data_realloc, data_free,
-};
-
-/* Looks for NumPy among the modules that are imported; never imports it. */
-static int
-find_numpy(void)
-{
-    static const char *const names[] = {"numpy._core._multiarray_umath",
-                                        "numpy.core._multiarray_umath"};
-    PyObject *module = NULL;
-    for (int i = 0; i < 2 && module == NULL; i++)
-        module = PyDict_GetItemString(PyImport_GetModuleDict(), names[i]);
-    if (module == NULL)
-        return 0;
-    PyObject *capsule = PyObject_GetAttrString(module, "_ARRAY_API");
-    if (capsule == NULL) {
-        PyErr_Clear();   /* it is being imported */
-        return 0;
-    }
-    void **table = PyCapsule_GetPointer(capsule, NULL);
-    Py_DECREF(capsule);   /* the module has another reference */
-    if (table == NULL)
-        return -1;
-    if (((unsigned (*)(void))table[FEATURE_VERSION])() < FIRST_WITH_HANDLERS) {
-        no_numpy = true;
-        return 0;
-    }
-    numpys = PyCapsule_GetPointer(*(PyObject **)table[DEFAULT_HANDLER], "mem_handler");
-    if (numpys == NULL)
-        return -1;
-    numpy_handler = PyCapsule_New(&data_handler, "mem_handler", NULL);
-    if (numpy_handler == NULL)
-        return -1;
-    numpy = table;
-    return 0;
-}
-
-/* Has the arrays that this context makes from now on counted, unless it has a handler of its
- * own. The handler is a context variable, as the group is. */
-static int
-handle_numpy(void)
-{
-    if (numpy == NULL && (no_numpy || find_numpy() < 0 || numpy == NULL))
-        return PyErr_Occurred() ? -1 : 0;
-    PyObject *now = ((PyObject *(*)(void))numpy[GET_HANDLER])();
-    if (now == NULL)
-        return -1;
-    bool is_default = now == *(PyObject **)numpy[DEFAULT_HANDLER];
-    Py_DECREF(now);
-    if (is_default) {
-        now = ((PyObject *(*)(PyObject *))numpy[SET_HANDLER])(numpy_handler);
-        if (now == NULL)
-            return -1;
-        Py_DECREF(now);
-    }
-    return 0;
-}
+#include "_counts.h"
+#include "_shadow.h"
+#include "_current.h"
+#include "_heap.h"
+#include "_hooks.h"
+#include "_numpy.h"
 
 /* --------------------------------------------------------------------- groups, for Python */
 
 static PyObject *TrackingError;
+static PyTypeObject Group_Type;
 
 typedef struct Group {
     PyObject_HEAD
@@ -811,7 +161,7 @@ group_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
         slot->before.allocated_objects += sum.allocated_objects;
         slot->before.deallocated_bytes += sum.deallocated_bytes;
         slot->before.deallocated_objects += sum.deallocated_objects;
-        counts[index].peak_bytes = 0;
+        counts[index].peak_bytes = -counts[index].elsewhere;
     }
     token->group = self->index = index;
     self->generation = ++slot->generation;
@@ -1110,6 +460,16 @@ static PyTypeObject Scope_Type = {
 
 /* --------------------------------------------------------------------------------- module */
 
+/* Chunks of the heap are large; where what is mapped is limited, they would be counted whole. */
+static bool
+is_unlimited(int resource)
+{
+    struct rlimit limit;
+    return getrlimit(resource, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
+}
+
+extern const char *_PyMem_GetCurrentAllocatorName(void);   /* NULL: of no known one */
+
 static PyObject *
 tracker_install(PyObject *Py_UNUSED(module), PyObject *arg)
 {
@@ -1117,14 +477,16 @@ tracker_install(PyObject *Py_UNUSED(module), PyObject *arg)
     if (wide < 0)
         return NULL;
     if (!installed) {
-#ifdef MADV_NOHUGEPAGE
         uintptr_t page = 4096, start = ((uintptr_t)directory + page - 1) & ~(page - 1);
-        madvise((void *)start, ((uintptr_t)directory + sizeof directory - start) & ~(page - 1),
-                MADV_NOHUGEPAGE);
-#endif
+        no_huge_pages((void *)start, ((uintptr_t)directory + sizeof directory - start) & ~(page - 1));
         is_wide = wide;
         most_groups = wide ? WIDE_GROUPS : NARROW_GROUPS;
         enabled = true;
+        const char *name = _PyMem_GetCurrentAllocatorName();
+        has_heap = name != NULL && strcmp(name, "pymalloc") == 0
+                   && is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA);
+        for (int i = 0; i < CLASSES; i++)
+            pages[i] = &no_page;
         for (int domain = 0; domain < DOMAINS; domain++) {
             PyMem_GetAllocator(domain, &originals[domain]);
             set_hooks(domain);
@@ -1183,7 +545,7 @@ tracker_block(PyObject *Py_UNUSED(module), PyObject *address)
     void *p = PyLong_AsVoidPtr(address);
     if (p == NULL && PyErr_Occurred())
         return NULL;
-    char *entry = find_entry(is_wide, p, false);
+    char *entry = in_heap(p) ? block_entry(is_wide, page_of(p), p) : find_entry(is_wide, p, false);
     uint32_t value = look_at(is_wide, entry);
     if (value == 0)
         Py_RETURN_NONE;
@@ -1196,6 +558,7 @@ static PyObject *
 tracker_finalize(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     finalizing = true;
+    current.thread = NOBODY;
     Py_RETURN_NONE;
 }
 
@@ -1269,6 +632,11 @@ execute(PyObject *module)
 {
     if (PyThreadState_Get()->interp != PyInterpreterState_Main()) {
         PyErr_SetString(PyExc_ImportError, "a subinterpreter: only the main one is tracked");
+        return -1;
+    }
+    if (thread_state() != PyThreadState_Get()) {
+        PyErr_SetString(PyExc_ImportError, "built for another Python: the thread state is not "
+                                           "where it was then; build it anew");
         return -1;
     }
     if (variable == NULL && prepare(module) < 0)

@@ -154,22 +154,22 @@ def test_with_65535_groups() -> None:
 
 
 def test_counts_are_exact(group: AllocationGroup) -> None:
-    with group.enter():
+    n = 50_000
+    with group.enter():  # by calloc and by malloc, large and small
         block = bytes(100_000)
-    with group.enter():
-        small = bytes(100)
+        others = bytes(100)
+        more = b"z" * n
+    size = sum(map(sys.getsizeof, [block, others, more]))
     counted = group.statistics()
     assert counted == AllocationStatsSnapshot(
-        allocated_bytes=BLOCK + sys.getsizeof(small),
-        allocated_objects=2,
-        peak_live_bytes=BLOCK + sys.getsizeof(small),
+        allocated_bytes=size, allocated_objects=3, peak_live_bytes=size
     )
-    assert (group.live_bytes, group.live_objects) == (counted.allocated_bytes, 2)
+    assert (group.live_bytes, group.live_objects) == (size, 3)
     del block
     assert group.statistics() == dataclasses.replace(
         counted, deallocated_bytes=BLOCK, deallocated_objects=1
     )
-    assert group.live_bytes == sys.getsizeof(small)
+    assert group.live_bytes == size - BLOCK
 
 
 def test_a_resized_block_is_freed_and_made_again(

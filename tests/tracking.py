@@ -46,9 +46,8 @@ def charged_path() -> str:
 
     group = current_group()
     assert _tracker._hook_group() == group._index
-    for n in (1, 100, 1_000, 100_000):  # from pymalloc, and from the raw domain
-        block = bytes(n)
-        if n > 1:  # which are made once
+    for n in (100, 1_000, 100_000):  # from pymalloc, and from the raw domain
+        for block in (bytes(n), b"z" * n):
             assert _tracker._block(id(block)) == (group._index, sys.getsizeof(block))
     return group.path
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .bounds import MemoryBoundsBuilder, split_path, subpath
 from .context import Scope, current_scope
+from .exceptions import TrackingError
 from .grant import MemoryGrant, make_grant
+from .live import enter_group
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable
@@ -26,9 +29,10 @@ class Component:
     """A named part of the program: whose minimum is reserved, and whose grants are counted.
 
     An async context manager. ``async with component:`` waits until its minimum can be
-    reserved; tasks started inside belong to it. Many tasks may be in it at once; the last
-    to leave gives up the minimum. Leaving never waits. Cancelled while entering, it is not
-    entered and nothing is reserved.
+    reserved; tasks started inside belong to it, and where allocations are tracked (see
+    ``membound_async.allocator``) what their code allocates counts as its live bytes. Many
+    tasks may be in it at once; the last to leave gives up the minimum. Leaving never waits.
+    Cancelled while entering, it is not entered and nothing is reserved.
 
     Quick form: ``limiter.component("decode", minimum="8MiB", firm_limit="64MiB")``. For
     bounds that say why, subclass it and give it to ``limiter.add()``, or just enter it where
@@ -141,7 +145,7 @@ class Component:
     async def __aenter__(self) -> Self:
         node = self._resolve()
         await node._limiter._enter(node)
-        current_scope.set(Scope(self, current_scope.get()))
+        current_scope.set(Scope(self, current_scope.get(), enter_group(self.path)))
         return self
 
     async def __aexit__(
@@ -153,6 +157,9 @@ class Component:
         scope = current_scope.get()
         if scope is not None and scope.component is self:
             current_scope.set(scope.outer)
+            if scope.allocations is not None:
+                with suppress(TrackingError):  # left in another context than it was entered in
+                    scope.allocations.__exit__(None, None, None)
         node = self._resolve()
         node._limiter._leave(node)
 

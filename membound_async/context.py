@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from .allocator import AllocationScope
     from .component import Component
     from .limiter import MemoryLimiter
 
@@ -23,6 +24,8 @@ class Scope(NamedTuple):
 
     component: Component
     outer: Scope | None
+    #: what charges its allocations to it, where they are tracked
+    allocations: AllocationScope | None = None
 
 
 current_scope: ContextVar[Scope | None] = ContextVar("membound_scope", default=None)

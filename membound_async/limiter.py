@@ -35,6 +35,7 @@ from .fastpath import NEW, Holders, LimiterState
 from .gauge import Gauge
 from .grant import MemoryGrant, make_grant
 from .limits import MemoryLimit, resolve
+from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
 from .quota import NO_LIMIT, Account, Ledger
 from .registry import ComponentRegistry
@@ -161,6 +162,7 @@ class MemoryLimiter(LimiterState):
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
         self._stalls = StallWatch(self.settings.stall_after_seconds)
+        self._live = LiveBytes()
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
         self._calm_until = -math.inf
         """Until when the fast path may be used: no reading and no yield is due, no delay."""
@@ -172,6 +174,7 @@ class MemoryLimiter(LimiterState):
             share=share,
             bypass_limit=self.settings.bypass_limit_bytes,
         )
+        self._live.start()
         self._components: dict[str, Component] = {}
         self.root = self._node(ROOT)
         self._observe_reading(measured, self._now())
@@ -246,6 +249,7 @@ class MemoryLimiter(LimiterState):
                 would_wait=sum(self._rehearsal.waits.values()),
                 would_wait_seconds=sum(would_wait_seconds.values()),
                 would_refuse=sum(self._rehearsal.refusals.values()),
+                tracking=self._live.tracking(),
                 pressure_stall=None if self.is_noop else read_pressure(self._pressure_path),
                 components=tuple(
                     self._describe(ledger.accounts[path], held, would_wait_seconds)
@@ -459,8 +463,7 @@ class MemoryLimiter(LimiterState):
             measured = self._gauge.first()
             baseline = self._checked_baseline(measured)
             with self._lock:
-                self._ledger.rebase(baseline)
-                self._observe_reading(measured, self._now())
+                self._rebase(baseline, measured, self._now())
         self._verify_if_changed()
 
     def _start_with_first_request(self, now: float) -> None:
@@ -468,8 +471,13 @@ class MemoryLimiter(LimiterState):
         if self._starts_with_first_request and not self._used and self._fixed_baseline is None:
             measured = self._gauge.read(now, self._ledger.limit)
             if measured < self._ledger.limit:
-                self._ledger.rebase(measured)
-                self._observe_reading(measured, now)
+                self._rebase(measured, measured, now)
+
+    def _rebase(self, baseline: int, measured: int, now: float) -> None:
+        """Begin anew from a baseline; with the lock held."""
+        self._live.start()
+        self._ledger.rebase(baseline)
+        self._observe_reading(measured, now)
 
     def _let_go(self) -> None:
         """Let components that came by themselves be used with another limiter."""
@@ -868,6 +876,7 @@ class MemoryLimiter(LimiterState):
             measured,
             pressed=measured > policy.threshold * limit,
             look_after=policy.unsampled_bytes(measured, limit),
+            live=self._live.read(self._components, now, limit),
         )
         if self._observe:
             self._rehearsal.settle(ledger.free, now)
@@ -930,6 +939,7 @@ class MemoryLimiter(LimiterState):
         self, account: Account, held: Counter[Account], would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
         waiting = list(account.queue) if account.queue is not None else []
+        peak_live, peak_overdraft = self._live.peaks(account.name)
         return ComponentStatistics(
             path=account.name,
             minimum_bytes=account.minimum,
@@ -937,6 +947,9 @@ class MemoryLimiter(LimiterState):
             entered=account.entries,
             granted_bytes=account.granted,
             live_bytes=account.live,
+            peak_live_bytes=peak_live,
+            overdraft_bytes=max(0, account.live - max(account.granted, account.reserved)),
+            peak_overdraft_bytes=peak_overdraft,
             peak_granted_bytes=account.peak,
             grants=held[account],
             waiting=len(waiting),

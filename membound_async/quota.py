@@ -156,11 +156,6 @@ class Ledger(LedgerState):
         self._update(account, account.granted, 0, account.live)
         return self._bounds_changed(account)
 
-    def set_live(self, account: Account, live: int) -> list[Request]:
-        """Note what the component's code really has allocated, without a reading."""
-        self._note_live(account, live)
-        return self._dispatch()
-
     # --- numbers
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .live import Tracking
     from .probes import PressureStall
 
 __all__ = ["ComponentStatistics", "LimiterStatistics"]
@@ -24,8 +25,15 @@ class ComponentStatistics:
     entered: int
     #: granted now
     granted_bytes: int
-    #: what its code really has allocated; 0 where that is not tracked
+    #: what its code has allocated since the baseline was measured and not freed yet; 0 where
+    #: that is not tracked
     live_bytes: int
+    #: the most that was live at one time
+    peak_live_bytes: int
+    #: live bytes beyond what is granted to it or reserved for it
+    overdraft_bytes: int
+    #: the most of that at one reading of memory
+    peak_overdraft_bytes: int
     #: the most that was granted at one time
     peak_granted_bytes: int
     #: grants that are held now
@@ -84,6 +92,9 @@ class LimiterStatistics:
     would_wait: int
     would_wait_seconds: float
     would_refuse: int
+    #: whether allocations are counted: "on", "off", "unavailable" (no extension), or
+    #: "displaced" (another tool has discarded the hooks, and live bytes are not known any more)
+    tracking: Tracking
     #: what the kernel says of stalls for want of memory; None where it says nothing
     pressure_stall: PressureStall | None
     #: every component, in the order of their paths

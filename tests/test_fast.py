@@ -144,7 +144,9 @@ async def _play(seed: int) -> list[str]:
         await asyncio.sleep(0)
         if turn % 20 == 19:
             look()
-            limiter._ledger.set_live(components[2]._account, random.randrange(1700))
+            ledger = limiter._ledger
+            live = [(components[2]._account, random.randrange(1700))]
+            ledger.observe(ledger.measured, pressed=False, look_after=ledger.limit, live=live)
             limiter.resize(random.choice([6000, 10_000, 20_000]))
     for task in tasks:
         task.cancel()
@@ -278,8 +280,9 @@ def test_a_step_is_that_of_the_ledger(share: Fraction, limit: int) -> None:
             if random.random() < 0.1:
                 live = random.randrange(limit // 3)
                 for ledger in twins:
-                    ledger.set_live(ledger.account(name), live)
-                    ledger.look_at = ledger.moved + limit // 2
+                    ledger.observe(
+                        0, pressed=False, look_after=limit // 2, live=[(ledger.account(name), live)]
+                    )
             if held and random.random() < 0.4:
                 one, account = held.pop(random.randrange(len(held)))
                 slow.give_back(account, one._size)

@@ -42,6 +42,8 @@ except ImportError as error:
 available: bool = tracker is not None
 """Whether allocations can be tracked here."""
 
+_installed = False
+
 
 def install(groups: Literal[126, 65535] = 126) -> None:
     """Put the hooks in, and count from now on; again, count again.
@@ -61,9 +63,11 @@ def install(groups: Literal[126, 65535] = 126) -> None:
     """
     if groups not in (126, 65535):
         raise ValueError(f"groups={groups!r}: use 126 or 65535")
+    global _installed
     state = _state()
-    if not state["installed"]:
+    if not _installed:
         needed().install(groups == 65535)
+        _installed = True
     elif state["groups"] != groups:
         raise TrackingError(
             f"the hooks are in already, for {state['groups']} groups; they stay until the "
@@ -104,7 +108,7 @@ def _switch(on: bool) -> None:
 
 def installed() -> bool:
     """Say whether the hooks are in."""
-    return available and bool(_state()["installed"])
+    return _installed
 
 
 def enabled() -> bool:

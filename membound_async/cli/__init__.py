@@ -172,6 +172,12 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="grant everything at once, and report what would have been done (MEMBOUND_OBSERVE)",
     )
     parser.add_argument(
+        "--track",
+        action=argparse.BooleanOptionalAction,
+        help="count what each component's code really allocates (MEMBOUND_TRACK, else yes where "
+        "the extension was built)",
+    )
+    parser.add_argument(
         "--report",
         metavar="{" + ",".join(REPORTS) + "}",
         default=os.environ.get("MEMBOUND_REPORT", "").strip() or "text",

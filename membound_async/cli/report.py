@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from membound_async.bounds import ROOT
 from membound_async.sizes import human_size
 from membound_async.statistics import ComponentStatistics, LimiterStatistics
 
@@ -125,6 +126,8 @@ class Report:
         if numbers.grants:
             granted = human_size(sum(component.granted_bytes for component in numbers.components))
             yield "leaked", f"{granted} in {_count(numbers.grants)} grants never given back"
+        if numbers.tracking == "displaced":
+            yield "tracking", "stopped: a tool that was started earlier has discarded the hooks"
         if self.stalled_seconds:
             stalled = _duration(self.stalled_seconds)
             yield "stalled", f"{stalled} for want of memory, by the kernel's count of all processes"
@@ -157,6 +160,10 @@ _ACTED = (
     _Column("waited", lambda component: _duration(component.total_wait_seconds)),
     _Column("delayed", lambda component: _duration(component.total_delay_seconds)),
 )
+_TRACKED = (
+    _Column("allocated", lambda component: _size(component.peak_live_bytes)),
+    _Column("overdraft", lambda component: _size(component.peak_overdraft_bytes)),
+)
 _OBSERVED = (
     _Column("would wait", lambda component: _count(component.would_wait)),
     _Column("for", lambda component: _duration(component.would_wait_seconds)),
@@ -167,13 +174,15 @@ _NOTHING = "-"
 
 def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
     """Give the components that did or declared anything as lines, the largest first."""
-    parts = _BOUNDS_AND_GRANTS + (_OBSERVED if numbers.observe else _ACTED)
+    parts = _BOUNDS_AND_GRANTS + _TRACKED + (_OBSERVED if numbers.observe else _ACTED)
     rows = [
         (component, [part.cell(component) for part in parts])
-        for component in sorted(numbers.components, key=lambda one: -one.peak_granted_bytes)
+        for component in sorted(
+            numbers.components, key=lambda one: -max(one.peak_granted_bytes, one.peak_live_bytes)
+        )
     ]
     rows = [(component, cells) for component, cells in rows if set(cells) != {_NOTHING}]
-    if not rows:
+    if not any(component.path != ROOT or component.admissions for component, _ in rows):
         return ["No memory was asked for: the program was only measured."]
     shown = [place for place in range(len(parts)) if any(c[place] != _NOTHING for _, c in rows)]
     lines = [

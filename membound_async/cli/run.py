@@ -14,8 +14,10 @@ from functools import partial
 from types import TracebackType
 from typing import cast
 
+from membound_async import allocator
 from membound_async.exceptions import MemboundError
 from membound_async.limiter import MemoryLimiter
+from membound_async.settings import given, parse_switch
 from membound_async.statistics import LimiterStatistics
 
 from . import REPORTS, CannotStart
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report_file is not None:
         _check_writable(arguments.report_file)
     name, execute = _choose(arguments)
+    _track(arguments.track)
     try:
         limiter = MemoryLimiter(
             arguments.limit,
@@ -77,6 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
             writer.ending = Ending.of(error)
         _show_from_program_on(error)
         raise
+
+
+def _track(wanted: bool | None) -> None:
+    """Have allocations counted, where they can be; None: as MEMBOUND_TRACK says, else yes."""
+    try:
+        if parse_switch(given(wanted, "TRACK", True), "track") and (wanted or allocator.available):
+            allocator.install()
+    except MemboundError as error:
+        raise CannotStart(str(error)) from None
 
 
 class _Writer:

@@ -1,0 +1,125 @@
+"""What the components of a limiter really have allocated, where that is tracked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from . import allocator
+from .bounds import ROOT
+from .events import log
+from .exceptions import TrackingError
+from .quota import Account
+
+if TYPE_CHECKING:
+    from .allocator import AllocationScope
+    from .component import Component
+
+__all__ = ["LiveBytes", "Tracking", "enter_group"]
+
+Tracking = Literal["on", "off", "unavailable", "displaced"]
+"""Whether allocations are counted; displaced: another tool has discarded the hooks."""
+
+OVERDRAFT_PART = 100
+"""An overdraft is worth a word when it is more than this part of the effective limit."""
+
+DISPLACED_LOOK_SECONDS = 1.0
+"""How often it is looked whether the hooks are still there, at most."""
+
+_refused: set[str] = set()
+"""Components that there was no group for."""
+
+
+def enter_group(path: str) -> AllocationScope | None:
+    """Have what this context allocates charged to a component's group; None if not tracked."""
+    if not allocator.installed() or path in _refused:
+        return None
+    try:
+        scope = allocator.registry.register(path).enter()
+    except TrackingError as error:
+        _refused.add(path)
+        log().warning("membound.not_tracked", component=path, reason=str(error))
+        return None
+    scope.__enter__()
+    return scope
+
+
+class LiveBytes:
+    """Reads the groups of components; what was live at the baseline is part of that.
+
+    A reading costs time in proportion to the number of components.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] = {}
+        self._overdrafts: dict[str, int] = {}
+        self._displaced = False
+        self._look_at = 0.0
+
+    def start(self) -> None:
+        """Take what is live now for a part of the baseline."""
+        self._before = {group.path: group.live_bytes for group in allocator.registry}
+        self._overdrafts.clear()
+
+    def read(
+        self, components: Mapping[str, Component], now: float, limit_bytes: int
+    ) -> list[tuple[Account, int]]:
+        """Give what each tracked component has; log it once if one has more than it was granted.
+
+        All have 0 once the hooks are displaced: what they had is not known any more.
+        """
+        if not allocator.installed():
+            return []
+        if now >= self._look_at:
+            self._look_at = now + DISPLACED_LOOK_SECONDS
+            self._look_for_displacement()
+        found: list[tuple[Account, int]] = []
+        for group in allocator.registry:
+            component = components.get(group.path)
+            if component is not None:
+                live = max(0, group.live_bytes - self._before.get(group.path, 0))
+                account: Account = component._account
+                found.append((account, 0 if self._displaced else live))
+                self._note_overdraft(account, found[-1][1], limit_bytes)
+        return found
+
+    def peaks(self, path: str) -> tuple[int, int]:
+        """Give the most that a component ever had, and the highest overdraft of all readings."""
+        group = allocator.registry.get(path)
+        if group is None:
+            return 0, 0
+        peak = group.statistics().peak_live_bytes - self._before.get(path, 0)
+        return max(0, peak), self._overdrafts.get(path, 0)
+
+    def tracking(self) -> Tracking:
+        """Say whether allocations are counted now."""
+        if not allocator.available:
+            return "unavailable"
+        if not allocator.installed() or not allocator.enabled():
+            return "off"
+        return "displaced" if allocator.displaced() else "on"
+
+    def _look_for_displacement(self) -> None:
+        displaced = allocator.displaced()
+        if displaced and not self._displaced:
+            log().warning(
+                "membound.tracking_displaced",
+                remedy="start tools such as tracemalloc and memray after the tracker",
+            )
+        self._displaced = displaced
+
+    def _note_overdraft(self, account: Account, live: int, limit_bytes: int) -> None:
+        overdraft = live - max(account.granted, account.reserved)
+        before = self._overdrafts.get(account.name, 0)
+        if overdraft <= before:
+            return
+        self._overdrafts[account.name] = overdraft
+        worth_a_word = limit_bytes // OVERDRAFT_PART
+        if before <= worth_a_word < overdraft and account.name != ROOT:
+            log().warning(
+                "membound.overdraft",
+                component=account.name,
+                live_bytes=live,
+                granted_bytes=account.granted,
+                minimum_bytes=account.reserved,
+            )

@@ -101,7 +101,7 @@ async def test_an_overdraft_is_logged_once():
                 limiter.statistics()
                 del kept
                 limiter.statistics()
-        assert decode.statistics().overdraft_bytes == 0
+            assert decode.statistics().overdraft_bytes == 0
     assert decode.statistics().peak_overdraft_bytes == pytest.approx(4 * MIB, abs=MIB // 10)
     (event,) = [one for one in logs if one["event"] == "membound.overdraft"]
     assert event["component"] == "decode"

@@ -545,12 +545,13 @@ tracker_block(PyObject *Py_UNUSED(module), PyObject *address)
     void *p = PyLong_AsVoidPtr(address);
     if (p == NULL && PyErr_Occurred())
         return NULL;
-    char *entry = in_heap(p) ? block_entry(is_wide, page_of(p), p) : find_entry(is_wide, p, false);
+    bool small = in_heap(p);
+    char *entry = small ? block_entry(is_wide, page_of(p), p) : find_entry(is_wide, p, false);
     uint32_t value = look_at(is_wide, entry);
     if (value == 0)
         Py_RETURN_NONE;
-    return Py_BuildValue("In", entry_group(is_wide, value),
-                         (Py_ssize_t)entry_size(is_wide, entry, value));
+    size_t size = small ? (value & LARGE(is_wide)) + 1 : entry_size(is_wide, entry, value);
+    return Py_BuildValue("In", entry_group(is_wide, value), (Py_ssize_t)size);
 }
 
 /* From here on the interpreter takes itself apart, and what that allocates is root's. */

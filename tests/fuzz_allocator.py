@@ -36,10 +36,11 @@ THREADS = 8
 CHUNK = 100_000
 
 
-def fuzz(operations: int, seed: int, groups: int) -> int:
+def fuzz(operations: int, seed: int, groups: int, stage: bool = True) -> int:
     """Run the operations; give how many blocks are live in the end.
 
-    Once in a process, and with nothing else in it.
+    Once in a process, and with nothing else in it. Where pymalloc is used, ``stage=False`` tests
+    the tracker's own heap; with it, the hooks do not know what they are above.
 
     Raises:
         AssertionError: a counter, a block's owner, its size or its content is not as expected.
@@ -48,7 +49,7 @@ def fuzz(operations: int, seed: int, groups: int) -> int:
 
     helper = native.load("allocator_fuzzer")
     gc.disable()
-    helper.begin(_tracker, allocator.registry.root, groups > 126, TrackingError)
+    helper.begin(_tracker, allocator.registry.root, groups > 126, stage, TrackingError)
     helper.register_groups(groups - groups // 8 if groups > 126 else 100)
     for done in range(0, operations, CHUNK):
         helper.fuzz(min(CHUNK, operations - done), seed * 1_000_003 + done)
@@ -162,13 +163,14 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--groups", type=int, choices=[126, 65535], default=126)
+    parser.add_argument("--no-stage", action="store_true", help="test the tracker's own heap")
     parser.add_argument("--threads", type=float, metavar="SECONDS", help="stress threads instead")
     options = parser.parse_args()
     if options.threads is not None:
         stress_all(options.threads)
         return
     start = time.monotonic()
-    live = fuzz(options.operations, options.seed, options.groups)
+    live = fuzz(options.operations, options.seed, options.groups, not options.no_stage)
     print(
         f"{options.operations:,} operations, seed {options.seed}, {options.groups} groups: "
         f"as the model says; {live:,} blocks of the interpreter are live; "

@@ -64,11 +64,17 @@ def alone_in(function: Callable[[], None], **variables: str) -> str:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("groups", "below"),
-    [(126, "default"), (65535, "default"), (126, "malloc"), (126, "debug")],
+    ("below", "options"),
+    [
+        ("pymalloc", ["--no-stage"]),
+        ("pymalloc", ["--no-stage", "--groups=65535"]),
+        ("pymalloc", []),
+        ("malloc", ["--groups=65535"]),
+        ("debug", []),
+    ],
 )
-def test_counts_owners_and_sizes_are_as_in_the_model(groups, below):
-    command = ("-m", "tests.fuzz_allocator", "--operations=60000", f"--groups={groups}")
+def test_counts_owners_and_sizes_are_as_in_the_model(below, options):
+    command = ("-m", "tests.fuzz_allocator", "--operations=60000", *options)
     assert "as the model says" in alone(*command, PYTHONMALLOC=below)
 
 

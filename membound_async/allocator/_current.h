@@ -45,7 +45,23 @@ remember(PyThreadState *thread, uint32_t group)
     here.generation = slots[group].generation;
 }
 
-/* Looks up the group of the current context. Keeps a pending exception; errors mean root. */
+/* The group that a context variable names; errors mean root. */
+static uint32_t
+look_up(void)
+{
+    PyObject *value = NULL;
+    if (PyContextVar_Get(variable, NULL, &value) < 0) {
+        failed_lookups++;   /* at the recursion limit, for one */
+        PyErr_Clear();
+    }
+    if (value == NULL)
+        return ROOT;
+    uint32_t group = Py_IS_TYPE(value, &Token_Type) ? ((Token *)value)->group : ROOT;
+    Py_DECREF(value);   /* the context has another reference */
+    return group;
+}
+
+/* Looks up the group of the current context, and keeps a pending exception. */
 COLD uint32_t
 resolve(PyThreadState *thread)
 {
@@ -57,26 +73,20 @@ resolve(PyThreadState *thread)
         return here.group = NONE;   /* it may have a GIL of its own */
     here.busy = true;
     if (is_main && thread->context != NULL && !finalizing) {
-        PyObject *value = NULL;
 #if PY_VERSION_HEX >= 0x030C0000
-        PyObject *pending = PyErr_GetRaisedException();
+        PyObject *pending = thread->current_exception;
+        thread->current_exception = NULL;
+        group = look_up();
+        thread->current_exception = pending;
 #else
-        PyObject *pending, *pending_value, *pending_traceback;
-        PyErr_Fetch(&pending, &pending_value, &pending_traceback);
-#endif
-        if (PyContextVar_Get(variable, NULL, &value) < 0) {
-            failed_lookups++;   /* at the recursion limit, for one */
-            PyErr_Clear();
+        if (LIKELY(thread->curexc_type == NULL))
+            group = look_up();
+        else {
+            PyObject *pending, *value, *traceback;
+            PyErr_Fetch(&pending, &value, &traceback);
+            group = look_up();
+            PyErr_Restore(pending, value, traceback);
         }
-        else if (value != NULL) {
-            if (Py_IS_TYPE(value, &Token_Type))
-                group = ((Token *)value)->group;
-            Py_DECREF(value);   /* the context has another reference */
-        }
-#if PY_VERSION_HEX >= 0x030C0000
-        PyErr_SetRaisedException(pending);
-#else
-        PyErr_Restore(pending, pending_value, pending_traceback);
 #endif
     }
     remember(thread, group);

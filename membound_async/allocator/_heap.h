@@ -47,9 +47,7 @@ static chunk_t *chunks;
 INLINE bool
 in_heap(const void *p)
 {
-    size_t index = (uintptr_t)p >> LEAF_BITS;
-    return index < DIRECTORY_SIZE
-           && atomic_load_explicit(&directory[index], memory_order_relaxed) == HEAP;
+    return find_origin(p) == HEAP;
 }
 
 INLINE page_t *

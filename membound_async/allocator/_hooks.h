@@ -148,32 +148,30 @@ heap_calloc(bool wide, int domain, size_t count, size_t size)
 }
 
 static __attribute__((noinline)) void
-heap_free_slowly(bool wide, int domain, void *p)
+heap_free_large(bool wide, void *p)
 {
-    PyMemAllocatorEx *original = &originals[domain], *raw = &originals[PYMEM_DOMAIN_RAW];
-    char *entry = p == NULL ? NULL : find_entry(wide, p, false);
-    uint32_t value = take_entry(wide, entry);
-    if (value != 0) {
-        count_taken(wide, false, entry, value);
-        raw->free(raw->ctx, p);
-    }
-    else
-        original->free(original->ctx, p);
+    PyMemAllocatorEx *raw = &originals[PYMEM_DOMAIN_RAW];
+    char *entry = find_entry(wide, p, false);
+    count_taken(wide, false, entry, take_entry(wide, entry));
+    raw->free(raw->ctx, p);
 }
 
 INLINE void
 heap_free(bool wide, int domain, void *p)
 {
-    if (UNLIKELY(!in_heap(p))) {
-        heap_free_slowly(wide, domain, p);
-        return;
+    uintptr_t origin = find_origin(p);
+    if (LIKELY(origin == HEAP)) {
+        page_t *page = page_of(p);
+        char *entry = block_entry(wide, page, p);
+        uint32_t value = load(wide, entry, 0);
+        store(wide, entry, 0, 0);
+        count_deallocated(&counts[entry_group(wide, value)], (value & LARGE(wide)) + 1);
+        give_block(page, p);
     }
-    page_t *page = page_of(p);
-    char *entry = block_entry(wide, page, p);
-    uint32_t value = load(wide, entry, 0);
-    store(wide, entry, 0, 0);
-    count_deallocated(&counts[entry_group(wide, value)], (value & LARGE(wide)) + 1);
-    give_block(page, p);
+    else if (origin != 0 && look_at(wide, entry_at(wide, origin, p)) != 0)
+        heap_free_large(wide, p);
+    else
+        originals[domain].free(originals[domain].ctx, p);
 }
 
 /* Moves a block to where one of its new size belongs. */

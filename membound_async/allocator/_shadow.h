@@ -58,18 +58,35 @@ map_leaf(bool wide, uintptr_t address)
     return origin;
 }
 
+/* What the directory says of an address; 0 of one that cannot have an entry. */
+INLINE uintptr_t
+find_origin(const void *p)
+{
+    uintptr_t address = (uintptr_t)p;
+    if (UNLIKELY(address & UNTRACKABLE))
+        return 0;
+    return atomic_load_explicit(&directory[address >> LEAF_BITS], memory_order_relaxed);
+}
+
+INLINE char *
+entry_at(bool wide, uintptr_t origin, const void *p)
+{
+    return (char *)(origin + ((uintptr_t)p >> SHADOW_SHIFT(wide)));
+}
+
 /* The entry of an address; NULL if it has none, unless `make`. */
 INLINE char *
 find_entry(bool wide, const void *p, bool make)
 {
-    uintptr_t address = (uintptr_t)p;
-    if (UNLIKELY(address & UNTRACKABLE))
-        return NULL;
-    uintptr_t origin = atomic_load_explicit(&directory[address >> LEAF_BITS], memory_order_relaxed);
-    if (UNLIKELY(origin <= HEAP)
-        && (origin == HEAP || !make || (origin = map_leaf(wide, address)) == 0))
-        return NULL;
-    return (char *)(origin + (address >> SHADOW_SHIFT(wide)));
+    uintptr_t origin = find_origin(p);
+    if (UNLIKELY(origin <= HEAP)) {
+        if (origin == HEAP || !make || (uintptr_t)p & UNTRACKABLE)
+            return NULL;
+        origin = map_leaf(wide, (uintptr_t)p);
+        if (origin == 0)
+            return NULL;
+    }
+    return entry_at(wide, origin, p);
 }
 
 INLINE uint32_t

@@ -77,6 +77,14 @@ print(len(names))
 
 def test_ships_its_type_information():
     assert files("membound_async").joinpath("py.typed").is_file()
+    assert files("membound_async").joinpath("_fast.pyi").is_file()
+    assert files("membound_async.allocator").joinpath("_tracker.pyi").is_file()
+
+
+def test_ships_the_header_of_the_tracker_and_no_source_in_c():
+    assert files("membound_async.allocator").joinpath("membound_tracker.h").is_file()
+    if "site-packages" in str(PACKAGE):
+        assert {path.name for path in PACKAGE.rglob("*.[ch]")} == {"membound_tracker.h"}
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

@@ -981,3 +981,23 @@ def test_errors_of_tracking_are_of_the_package() -> None:
     again = pickle.loads(pickle.dumps(TrackingUnavailable("no compiler")))
     assert again.reason == "no compiler"
     assert "no compiler" in str(again)
+
+
+@in_new_process()
+def test_pages_of_the_heap_are_used_again_and_given_back() -> None:
+    allocator.install()
+
+    def heap_bytes() -> int:
+        return allocator.hooks._state()["heap_bytes"]
+
+    before = heap_bytes()
+    blocks = [bytes(200 + i % 8) for i in range(100_000)]
+    full = heap_bytes()
+    assert full - before == pytest.approx(100_000 * 240, rel=0.05)
+    del blocks[::2]  # each page was full, and has room again
+    more = [bytes(200) for _ in range(50_000)]
+    assert heap_bytes() - full < 1 << 20
+    del blocks, more
+    assert heap_bytes() - before < 3 << 20
+    blocks = [bytes(200) for _ in range(100_000)]  # also of pages that the system had again
+    assert heap_bytes() == pytest.approx(full, rel=0.05)

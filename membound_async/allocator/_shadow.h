@@ -138,10 +138,13 @@ has_gil(void)
 INLINE void
 count_freed(bool shared, uint32_t group, size_t n)
 {
-    if (shared)
-        count_deallocated_shared(&shared_counts[group], n);
-    else
+    if (!shared)
         count_deallocated(&counts[group], n);
+    else {
+        count_deallocated_shared(&shared_counts[group], n);
+        if (has_gil())
+            look_elsewhere(group);   /* or the next peak would have it still */
+    }
 }
 
 /* Writes down a block, and counts it. One of 0 bytes counts as 1. */

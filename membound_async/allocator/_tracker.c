@@ -137,19 +137,21 @@ group_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
     PyObject *path;
     if (!PyArg_ParseTuple(args, "U:Group", &path))
         return NULL;
-    uint32_t index = find_slot();
-    if (index == NONE)
-        return PyErr_Format(TrackingError,
-                            "no group for %R: all %u are in use, or have memory that is still "
-                            "live or tasks that are still in them; unregister some%s",
-                            path, most_groups,
-                            most_groups < WIDE_GROUPS ? ", or use install(groups=65535)" : "");
     Token *token = PyObject_New(Token, &Token_Type);
     if (token == NULL)
         return NULL;
     Group *self = (Group *)type->tp_alloc(type, 0);
-    if (self == NULL) {
+    /* Only now: allocating may have run finalizers, and these may have taken slots. */
+    uint32_t index = self == NULL ? NONE : find_slot();
+    if (index == NONE) {
+        if (self != NULL)
+            PyErr_Format(TrackingError,
+                         "no group for %R: all %u are in use, or have memory that is still "
+                         "live or tasks that are still in them; unregister some%s",
+                         path, most_groups,
+                         most_groups < WIDE_GROUPS ? ", or use install(groups=65535)" : "");
         Py_DECREF(token);
+        Py_XDECREF(self);
         return NULL;
     }
     slot_t *slot = &slots[index];
@@ -175,7 +177,7 @@ group_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 static bool
 is_gone(Group *self)
 {
-    return slots[self->index].generation != self->generation;
+    return self->index == NONE || slots[self->index].generation != self->generation;
 }
 
 static void
@@ -512,14 +514,15 @@ tracker_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
     bool gone = false;
     for (int domain = 0; installed && domain < DOMAINS; domain++)
         gone = displaced(domain) || gone;
-    return Py_BuildValue("{s:N,s:N,s:I,s:N,s:K,s:K,s:K}",
+    return Py_BuildValue("{s:N,s:N,s:I,s:N,s:K,s:K,s:K,s:K}",
                          "installed", PyBool_FromLong(installed),
                          "enabled", PyBool_FromLong(enabled),
                          "groups", most_groups,
                          "displaced", PyBool_FromLong(gone),
                          "lost_blocks", (unsigned long long)lost_blocks,
                          "freed_unseen", (unsigned long long)freed_unseen,
-                         "failed_lookups", (unsigned long long)failed_lookups);
+                         "failed_lookups", (unsigned long long)failed_lookups,
+                         "heap_bytes", (unsigned long long)((page_count + spare_count) * PAGE));
 }
 
 static PyObject *

@@ -15,6 +15,8 @@ class State(TypedDict):
     freed_unseen: int
     #: contexts whose group could not be looked up; they were taken for root's
     failed_lookups: int
+    #: what the heap has of the system's memory, empty pages that it keeps included
+    heap_bytes: int
 
 class Group:
     #: the dotted path it is registered by

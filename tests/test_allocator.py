@@ -1001,3 +1001,4 @@ def test_pages_of_the_heap_are_used_again_and_given_back() -> None:
     assert heap_bytes() - before < 3 << 20
     blocks = [bytes(200) for _ in range(100_000)]  # also of pages that the system had again
     assert heap_bytes() == pytest.approx(full, rel=0.05)
+    del blocks

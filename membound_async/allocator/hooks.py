@@ -52,8 +52,8 @@ def install(groups: Literal[126, 65535] = 126) -> None:
     missed when it is freed.
 
     Args:
-        groups: how many there may be at a time. 65535 takes twice the memory for the same
-            number of blocks (4 bytes for each 16 of the heap, not 2).
+        groups: how many there may be at a time. With 65535 each small block takes 4 bytes
+            more, not 2, and so do each 16 bytes where larger ones lie.
 
     Raises:
         TrackingUnavailable: there is no extension, and why.
@@ -75,8 +75,9 @@ def install(groups: Literal[126, 65535] = 126) -> None:
         )
     elif state["displaced"]:
         raise TrackingError(
-            "another tool has discarded the hooks: one that was started before them, and has "
-            "been stopped since; start it after install()"
+            "the hooks are not called any more: a tool (tracemalloc, memray) that was started "
+            "before them was stopped, or one was started while counting was off; start it "
+            "after install(), while counting is on"
         )
     else:
         needed().switch(True)
@@ -120,7 +121,8 @@ def displaced() -> bool:
     """Say whether another tool has discarded the hooks, so that counts stand still.
 
     A tool that was started before ``install()`` (tracemalloc, memray) does that when it is
-    stopped. One that was started later is no harm: what it allocates is counted, too.
+    stopped; one that was started while counting was off hides it until it is stopped. Any
+    other is no harm: what it allocates is counted, too.
     """
     return available and bool(_state()["displaced"])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import anyio
+
 from . import allocator
 from .bounds import ROOT
 from .events import log
@@ -12,7 +14,7 @@ from .exceptions import TrackingError
 from .quota import Account
 
 if TYPE_CHECKING:
-    from .allocator import AllocationScope
+    from .allocator import AllocationGroup, AllocationScope
     from .component import Component
 
 __all__ = ["LiveBytes", "Tracking", "enter_group"]
@@ -27,19 +29,27 @@ DISPLACED_LOOK_SECONDS = 1.0
 """How often it is looked whether the hooks are still there, at most."""
 
 _refused: set[str] = set()
-"""Components that there was no group for."""
+"""Components that there was no group for, as was said once."""
 
 
 def enter_group(path: str) -> AllocationScope | None:
-    """Have what this context allocates charged to a component's group; None if not tracked."""
-    if not allocator.installed() or path in _refused:
+    """Have what this context allocates charged to a component's group; None if not tracked.
+
+    From a task of an event loop.
+    """
+    if not allocator.installed():
         return None
-    try:
-        scope = allocator.registry.register(path).enter()
-    except TrackingError as error:
-        _refused.add(path)
-        log().warning("membound.not_tracked", component=path, reason=str(error))
-        return None
+    group = allocator.registry.get(path)
+    if group is None:
+        anyio.current_time()  # anyio imports a backend when it is first used: not for the group
+        try:
+            group = allocator.registry.register(path)
+        except TrackingError as error:
+            if path not in _refused:
+                _refused.add(path)
+                log().warning("membound.not_tracked", component=path, reason=str(error))
+            return None
+    scope = group.enter()
     scope.__enter__()
     return scope
 
@@ -51,14 +61,14 @@ class LiveBytes:
     """
 
     def __init__(self) -> None:
-        self._before: dict[str, int] = {}
+        self._before: dict[AllocationGroup, int] = {}
         self._overdrafts: dict[str, int] = {}
         self._displaced = False
         self._look_at = 0.0
 
     def start(self) -> None:
         """Take what is live now for a part of the baseline."""
-        self._before = {group.path: group.live_bytes for group in allocator.registry}
+        self._before = {group: group.live_bytes for group in allocator.registry}
         self._overdrafts.clear()
 
     def read(
@@ -77,7 +87,7 @@ class LiveBytes:
         for group in allocator.registry:
             component = components.get(group.path)
             if component is not None:
-                live = max(0, group.live_bytes - self._before.get(group.path, 0))
+                live = max(0, group.live_bytes - self._before.get(group, 0))
                 account: Account = component._account
                 found.append((account, 0 if self._displaced else live))
                 self._note_overdraft(account, found[-1][1], limit_bytes)
@@ -88,7 +98,7 @@ class LiveBytes:
         group = allocator.registry.get(path)
         if group is None:
             return 0, 0
-        peak = group.statistics().peak_live_bytes - self._before.get(path, 0)
+        peak = group.statistics().peak_live_bytes - self._before.get(group, 0)
         return max(0, peak), self._overdrafts.get(path, 0)
 
     def tracking(self) -> Tracking:

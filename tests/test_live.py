@@ -265,6 +265,59 @@ def test_membound_run_without_tracking(tmp_path: Path):
     assert run(tmp_path, MEMBOUND_EXTENSION="no").stdout == "unavailable\n"
 
 
+def test_membound_run_with_as_many_groups_as_one_wants(tmp_path: Path):
+    program = tmp_path / "groups.py"
+    program.write_text("from membound_async import allocator; allocator.install(groups=65535)")
+    command = [sys.executable, "-m", "membound_async.cli", "run", "--limit", "1GiB", str(program)]
+    for groups, code in (("65535", 0), ("126", 1), ("7", 2)):
+        environment = os.environ | {"MEMBOUND_TRACK_GROUPS": groups}
+        ended = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=60, env=environment
+        )
+        assert ended.returncode == code, ended.stderr
+
+
+def test_membound_run_does_not_track_by_itself_where_what_is_mapped_is_limited(tmp_path: Path):
+    program = tmp_path / "state.py"
+    program.write_text(
+        "from membound_async import current_limiter as c; print(c().statistics().tracking)"
+    )
+    command = f"ulimit -d 200000; exec {sys.executable} -m membound_async.cli run"
+    for options, state in (("", "off"), ("--track", "on")):
+        ended = subprocess.run(
+            ["bash", "-c", f"{command} {options} {program}"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ended.stdout == state + "\n"
+
+
+async def test_a_group_is_there_again_after_others_went():
+    need_tracker()
+    allocator.registry.register("a").charge(100)
+    limiter = make_limiter(100 * MIB)  # 100 bytes of "a" are in its baseline
+    allocator.registry.register("a").discharge(100)
+    allocator.registry.unregister("a")
+    async with limiter, limiter.component("a") as component:
+        kept = bytearray(MIB)
+        live = limiter.statistics().components[0].live_bytes
+        group = allocator.registry.get("a")
+        assert group is not None
+        assert live == pytest.approx(group.live_bytes, abs=2000)
+        assert component.statistics().live_bytes >= MIB
+        del kept
+
+
+async def test_the_first_use_of_anyio_is_not_the_component_s():
+    async with make_limiter(100 * MIB) as limiter, limiter.component("a") as component:
+        async with component.grant(100):
+            pass
+        limiter.statistics()
+        assert component.statistics().peak_live_bytes < 100_000
+
+
 def test_membound_run_says_that_it_cannot_track(tmp_path: Path):
     with pytest.raises(subprocess.CalledProcessError) as ended:
         run(tmp_path, "--track", MEMBOUND_EXTENSION="no")

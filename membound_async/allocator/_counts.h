@@ -3,7 +3,6 @@
 enum { NONE, ROOT };          /* what an entry says of a block that is not counted; of root's */
 #define NARROW_GROUPS 126     /* besides root, with 7 bits */
 #define WIDE_GROUPS 65535     /* with 17 bits */
-#define MAX_GROUPS (ROOT + WIDE_GROUPS)
 
 /* Of blocks of the MEM and OBJ domains. */
 typedef struct {
@@ -26,13 +25,47 @@ typedef struct {
     counts_t before;         /* what was counted for those that had it earlier */
 } slot_t;
 
+/* Those of the first groups; install() has room made for more, if more are wanted. */
+static counts_t first_counts[ROOT + NARROW_GROUPS + 1];
+static shared_counts_t first_shared_counts[ROOT + NARROW_GROUPS + 1];
+static slot_t first_slots[ROOT + NARROW_GROUPS + 1];
+
 static PyInterpreterState *main_interpreter;
-static counts_t counts[MAX_GROUPS + 1];
-static shared_counts_t shared_counts[MAX_GROUPS + 1];
-static slot_t slots[MAX_GROUPS + 1];
+static counts_t *counts = first_counts;
+static shared_counts_t *shared_counts = first_shared_counts;
+static slot_t *slots = first_slots;
 static uint32_t used_slots = NONE;   /* those beyond were never used */
 static uint32_t next_slot = ROOT;    /* where the search for a retired one goes on */
 static uint32_t most_groups = NARROW_GROUPS;
+
+/* Memory of zeros, which is there as soon as it is touched; NULL: there is none. */
+static void *
+map(size_t n, int protection)
+{
+    void *start = mmap(NULL, n, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED)
+        return NULL;
+#ifdef MADV_NOHUGEPAGE
+    madvise(start, n, MADV_NOHUGEPAGE);
+#endif
+    return start;
+}
+
+static bool
+map_counts(void)
+{
+    size_t n = ROOT + WIDE_GROUPS + 1, used = used_slots + 1;
+    counts_t *more = map(n * sizeof *counts, PROT_READ | PROT_WRITE);
+    shared_counts_t *more_shared = map(n * sizeof *shared_counts, PROT_READ | PROT_WRITE);
+    slot_t *more_slots = map(n * sizeof *slots, PROT_READ | PROT_WRITE);
+    if (more == NULL || more_shared == NULL || more_slots == NULL)
+        return false;
+    counts = memcpy(more, counts, used * sizeof *counts);
+    shared_counts = memcpy(more_shared, shared_counts, used * sizeof *shared_counts);
+    slots = memcpy(more_slots, slots, used * sizeof *slots);
+    most_groups = WIDE_GROUPS;
+    return true;
+}
 
 INLINE void
 count_allocated(counts_t *c, size_t n)

@@ -72,20 +72,18 @@ block_entry(bool wide, page_t *page, const void *p)
 COLD bool
 map_chunk(void)
 {
-    char *start = mmap(NULL, 2 * CHUNK, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (start == MAP_FAILED)
+    char *start = map(2 * CHUNK, PROT_READ | PROT_WRITE);
+    if (start == NULL)
         return false;
     char *aligned = (char *)(((uintptr_t)start + CHUNK - 1) & ~(CHUNK - 1));
     if (aligned > start)
         munmap(start, (size_t)(aligned - start));
     munmap(aligned + CHUNK, (size_t)(start + CHUNK - aligned));
     size_t index = (uintptr_t)aligned >> LEAF_BITS;
-    if (index >= DIRECTORY_SIZE) {
+    if (index >= DIRECTORY_SIZE || !may_write(&directory[index])) {
         munmap(aligned, CHUNK);
         return false;
     }
-    no_huge_pages(aligned, CHUNK);
     chunk_t *chunk = (chunk_t *)aligned;
     chunk->next = chunks;
     chunk->fresh = CHUNK_PAGES - 1;

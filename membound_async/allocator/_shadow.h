@@ -22,40 +22,43 @@
 /* Where the entry of address 0 would be, as seen from each leaf; 0: there is none; HEAP: the
  * addresses are the heap's own. */
 #define HEAP 1
-static _Atomic uintptr_t directory[DIRECTORY_SIZE];
+static _Atomic uintptr_t *directory;   /* NULL before install() */
 static _Atomic uint64_t lost_blocks;   /* not counted for want of a leaf or an aligned address */
 static _Atomic uint64_t freed_unseen;  /* freed by another than the hooks, found out later */
 static bool is_wide;
 
-static void
-no_huge_pages(void *start, size_t n)
+/* Only what is written to counts for RLIMIT_DATA, so only that may be written to. */
+static bool
+map_directory(void)
 {
-#ifdef MADV_NOHUGEPAGE
-    madvise(start, n, MADV_NOHUGEPAGE);
-#else
-    (void)start, (void)n;
-#endif
+    directory = map(DIRECTORY_SIZE * sizeof *directory, PROT_READ);
+    return directory != NULL;
+}
+
+COLD bool
+may_write(_Atomic uintptr_t *place)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    return mprotect((void *)((uintptr_t)place & ~(page - 1)), page, PROT_READ | PROT_WRITE) == 0;
 }
 
 COLD uintptr_t
 map_leaf(bool wide, uintptr_t address)
 {
     size_t index = address >> LEAF_BITS;
-    void *leaf = mmap(NULL, LEAF_BYTES(wide), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (leaf == MAP_FAILED)
+    void *leaf = map(LEAF_BYTES(wide), PROT_READ | PROT_WRITE);
+    if (leaf == NULL)
         return 0;
-    no_huge_pages(leaf, LEAF_BYTES(wide));
 #ifdef MADV_DONTDUMP
     madvise(leaf, LEAF_BYTES(wide), MADV_DONTDUMP);
 #endif
     uintptr_t origin = (uintptr_t)leaf - ((index << LEAF_BITS) >> SHADOW_SHIFT(wide));
     uintptr_t others = 0;
-    if (!atomic_compare_exchange_strong(&directory[index], &others, origin)) {
-        munmap(leaf, LEAF_BYTES(wide));
-        return others;
-    }
-    return origin;
+    if (may_write(&directory[index])
+        && atomic_compare_exchange_strong(&directory[index], &others, origin))
+        return origin;
+    munmap(leaf, LEAF_BYTES(wide));
+    return others;
 }
 
 /* What the directory says of an address; 0 of one that cannot have an entry. */

@@ -55,6 +55,7 @@ PyInit__tracker(void)
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "membound_tracker.h"
 
@@ -479,10 +480,9 @@ tracker_install(PyObject *Py_UNUSED(module), PyObject *arg)
     if (wide < 0)
         return NULL;
     if (!installed) {
-        uintptr_t page = 4096, start = ((uintptr_t)directory + page - 1) & ~(page - 1);
-        no_huge_pages((void *)start, ((uintptr_t)directory + sizeof directory - start) & ~(page - 1));
+        if ((directory == NULL && !map_directory()) || (wide && !map_counts()))
+            return PyErr_NoMemory();
         is_wide = wide;
-        most_groups = wide ? WIDE_GROUPS : NARROW_GROUPS;
         enabled = true;
         const char *name = _PyMem_GetCurrentAllocatorName();
         has_heap = name != NULL && strcmp(name, "pymalloc") == 0
@@ -590,7 +590,7 @@ static bool
 is_handle(uint64_t group)
 {
     uint32_t index = (uint32_t)group;
-    return group >> 32 != 0 && index <= MAX_GROUPS && slots[index].generation == group >> 32;
+    return group >> 32 != 0 && index <= ROOT + most_groups && slots[index].generation == group >> 32;
 }
 
 static int

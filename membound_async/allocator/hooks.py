@@ -28,11 +28,14 @@ tracker: ModuleType | None = None
 unavailable_reason: str | None = None
 """Why nothing can be tracked here; None where it can."""
 
+_asked = os.environ.get("MEMBOUND_EXTENSION", "").strip().lower()
 try:
-    if os.environ.get("MEMBOUND_EXTENSION", "").strip().lower() == "no":
+    if _asked == "no":
         raise ImportError("MEMBOUND_EXTENSION=no")
     tracker = import_module("._tracker", __package__)
 except ImportError as error:
+    if _asked == "yes":
+        raise
     unavailable_reason = str(error)
     if isinstance(error, ModuleNotFoundError):
         unavailable_reason = (

@@ -175,7 +175,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--track",
         action=argparse.BooleanOptionalAction,
         help="count what each component's code really allocates (MEMBOUND_TRACK, else yes where "
-        "the extension was built)",
+        "the extension was built and no rlimit is set on what may be mapped)",
     )
     parser.add_argument(
         "--report",

@@ -17,6 +17,7 @@ from typing import cast
 from membound_async import allocator
 from membound_async.exceptions import MemboundError
 from membound_async.limiter import MemoryLimiter
+from membound_async.limits import Machine
 from membound_async.settings import given, parse_switch
 from membound_async.statistics import LimiterStatistics
 
@@ -52,8 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report_file is not None:
         _check_writable(arguments.report_file)
     name, execute = _choose(arguments)
-    _track(arguments.track)
     try:
+        _track(arguments.track)
         limiter = MemoryLimiter(
             arguments.limit,
             slop_factor=arguments.slop,
@@ -83,12 +84,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _track(wanted: bool | None) -> None:
-    """Have allocations counted, where they can be; None: as MEMBOUND_TRACK says, else yes."""
-    try:
-        if parse_switch(given(wanted, "TRACK", True), "track") and (wanted or allocator.available):
-            allocator.install()
-    except MemboundError as error:
-        raise CannotStart(str(error)) from None
+    """Have allocations counted; None: as MEMBOUND_TRACK says, else where that does no harm.
+
+    That is where the extension was built and nothing limits what the process may map: there
+    the tracker's tables would count as if they were full.
+    """
+    groups = given(None, "TRACK_GROUPS", "126")
+    if groups not in ("126", "65535"):
+        raise CannotStart(f"MEMBOUND_TRACK_GROUPS={groups}: use 126 or 65535")
+    if wanted is None:
+        rlimits = map(Machine().rlimit, ("RLIMIT_AS", "RLIMIT_DATA"))
+        harmless = allocator.available and all(limit is None for limit in rlimits)
+        wanted = parse_switch(given(None, "TRACK", harmless), "track")
+    if wanted:
+        allocator.install(65535 if groups == "65535" else 126)
 
 
 class _Writer:

@@ -360,9 +360,9 @@ def check_set_up(command: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_does_what_it_says(page, tmp_path):
     """Each page is a process of its own: its limits count what that uses, and only that."""
-    if any("allocator" in block.text for block in blocks_of(page) if block.language == "python"):
-        if not allocator.available:
-            pytest.skip(f"nothing can be tracked: {allocator.unavailable_reason}")
+    tracks = any("allocator" in one.text for one in blocks_of(page) if one.language == "python")
+    if tracks and not allocator.available:
+        pytest.skip(f"nothing can be tracked: {allocator.unavailable_reason}")
     if any(block.language in {"python", "console"} for block in blocks_of(page)):
         ended = subprocess.run(
             [sys.executable, "-W", "error", __file__, page],

@@ -998,7 +998,10 @@ def test_pages_of_the_heap_are_used_again_and_given_back() -> None:
     more = [bytes(200) for _ in range(50_000)]
     assert heap_bytes() - full < 1 << 20
     del blocks, more
+    assert heap_bytes() == pytest.approx(full, rel=0.1)  # empty pages are kept for a while
+    assert full - before == pytest.approx(allocator.trim(), rel=0.2)
     assert heap_bytes() - before < 3 << 20
+    assert allocator.trim() == 0
     blocks = [bytes(200) for _ in range(100_000)]  # also of pages that the system had again
     assert heap_bytes() == pytest.approx(full, rel=0.05)
     del blocks

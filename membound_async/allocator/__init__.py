@@ -36,6 +36,7 @@ from .hooks import (
     get_include,
     install,
     installed,
+    trim,
     unavailable_reason,
 )
 from .snapshot import AllocationStatsSnapshot
@@ -55,5 +56,6 @@ __all__ = [
     "install",
     "installed",
     "registry",
+    "trim",
     "unavailable_reason",
 ]

@@ -6,8 +6,9 @@
  *
  * A page has blocks of one size. Blocks lie at multiples of their size, so that an address gives
  * a block's number by one multiplication; their entries are those of the shadow, in the order of
- * these numbers, after the page's head. Pages that are empty are kept or given back to the system
- * one by one: memory returns that pymalloc would keep until a whole mebibyte is empty.
+ * these numbers, after the page's head. Pages that are empty are kept as long as they are wanted
+ * now and then, and else given back to the system one by one: memory returns that pymalloc
+ * would keep until a whole mebibyte is empty.
  */
 #define SMALL 512
 #define CLASSES (SMALL / GRANULE)
@@ -15,8 +16,7 @@
 #define CHUNK ((size_t)1 << LEAF_BITS)
 #define CHUNK_PAGES (CHUNK / PAGE)
 #define BATCH 8            /* blocks that are made at a time */
-#define SPARE_PAGES 64     /* empty ones that are kept: these, and one for SPARE_PART in use */
-#define SPARE_PART 32
+#define EPOCH_SECONDS 1    /* empty pages that nobody wanted for so long go back to the system */
 
 typedef struct block {
     struct block *next;
@@ -42,6 +42,8 @@ static page_t no_page;               /* ends each list, and has no block to give
 static page_t *pages[CLASSES];       /* that have a free block or may make one */
 static page_t *spare_pages;
 static size_t spare_count, page_count;
+static size_t unwanted_count;        /* the least that were spare in this epoch */
+static time_t epoch;
 static chunk_t *chunks;
 
 INLINE bool
@@ -98,7 +100,8 @@ take_page(void)
     page_t *page = spare_pages;
     if (page != NULL) {
         spare_pages = page->next;
-        spare_count--;
+        if (--spare_count < unwanted_count)
+            unwanted_count = spare_count;
     }
     for (chunk_t *chunk = chunks; page == NULL; chunk = chunk->next) {
         if (chunk == NULL) {
@@ -115,6 +118,33 @@ take_page(void)
     return page;
 }
 
+/* Gives so many empty pages back to the system. */
+COLD void
+release_pages(size_t n)
+{
+    for (; n > 0; n--) {
+        page_t *page = spare_pages;
+        spare_pages = page->next;
+        spare_count--;
+        chunk_t *chunk = (chunk_t *)((uintptr_t)page & ~(CHUNK - 1));
+        chunk->released_pages[chunk->released++] = (uint16_t)(((char *)page - (char *)chunk) / PAGE);
+        madvise(page, PAGE, MADV_DONTNEED);
+    }
+    unwanted_count = spare_count;
+}
+
+/* The same with those that nobody wanted, once an epoch. */
+static void
+release_unwanted_pages(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    if (now.tv_sec - epoch > EPOCH_SECONDS) {
+        epoch = now.tv_sec;
+        release_pages(unwanted_count);
+    }
+}
+
 COLD void
 give_page(page_t *page)
 {
@@ -122,16 +152,7 @@ give_page(page_t *page)
     spare_pages = page;
     spare_count++;
     page_count--;
-    if (spare_count <= SPARE_PAGES + page_count / SPARE_PART)
-        return;
-    for (size_t n = spare_count / 2; n > 0; n--) {
-        page = spare_pages;
-        spare_pages = page->next;
-        spare_count--;
-        chunk_t *chunk = (chunk_t *)((uintptr_t)page & ~(CHUNK - 1));
-        chunk->released_pages[chunk->released++] = (uint16_t)(((char *)page - (char *)chunk) / PAGE);
-        madvise(page, PAGE, MADV_DONTNEED);
-    }
+    release_unwanted_pages();
 }
 
 static void

@@ -55,6 +55,7 @@ PyInit__tracker(void)
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "membound_tracker.h"
@@ -228,6 +229,7 @@ group_live_bytes(Group *self, void *Py_UNUSED(closure))
 {
     if (is_gone(self))
         return gone(self);
+    release_unwanted_pages();   /* who reads this reads it from time to time */
     counts_t sum = total(self->index);
     return PyLong_FromLongLong((long long)(sum.allocated_bytes - sum.deallocated_bytes));
 }
@@ -526,6 +528,14 @@ tracker_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 }
 
 static PyObject *
+tracker_trim(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    size_t n = spare_count;
+    release_pages(n);
+    return PyLong_FromSize_t(n * PAGE);
+}
+
+static PyObject *
 tracker_current(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     Token *token = current_token();
@@ -570,6 +580,7 @@ static PyMethodDef methods[] = {
     {"install", tracker_install, METH_O, NULL},
     {"switch", tracker_switch, METH_O, NULL},
     {"state", tracker_state, METH_NOARGS, NULL},
+    {"trim", tracker_trim, METH_NOARGS, NULL},
     {"current", tracker_current, METH_NOARGS, NULL},
     {"_hook_group", tracker_hook_group, METH_NOARGS, NULL},
     {"_block", tracker_block, METH_O, NULL},

@@ -19,6 +19,7 @@ __all__ = [
     "get_include",
     "install",
     "installed",
+    "trim",
     "unavailable_reason",
 ]
 
@@ -128,6 +129,16 @@ def displaced() -> bool:
     other is no harm: what it allocates is counted, too.
     """
     return available and bool(_state()["displaced"])
+
+
+def trim() -> int:
+    """Give empty pages of the tracker's heap back to the system; give how many bytes.
+
+    What was not wanted for a second goes back by itself, when memory is read or pages are
+    freed.
+    """
+    trimmed: int = needed().trim() if available else 0
+    return trimmed
 
 
 def get_include() -> str:

@@ -57,6 +57,8 @@ class Ended:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory to be in, whose modules are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
+    # Hooks would stay in this process; tests/test_live.py has what tracking adds to a report.
+    monkeypatch.setenv("MEMBOUND_TRACK", "0")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # file times are too coarse for it
     yield tmp_path
     for name, module in [*sys.modules.items()]:

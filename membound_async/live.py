@@ -62,6 +62,8 @@ class LiveBytes:
 
     def __init__(self) -> None:
         self._before: dict[AllocationGroup, int] = {}
+        self._peaks_before: dict[AllocationGroup, int] = {}
+        self._highest: dict[AllocationGroup, int] = {}
         self._overdrafts: dict[str, int] = {}
         self._displaced = False
         self._look_at = 0.0
@@ -69,6 +71,10 @@ class LiveBytes:
     def start(self) -> None:
         """Take what is live now for a part of the baseline."""
         self._before = {group: group.live_bytes for group in allocator.registry}
+        self._peaks_before = {
+            group: group.statistics().peak_live_bytes for group in allocator.registry
+        }
+        self._highest.clear()
         self._overdrafts.clear()
 
     def read(
@@ -88,18 +94,27 @@ class LiveBytes:
             component = components.get(group.path)
             if component is not None:
                 live = max(0, group.live_bytes - self._before.get(group, 0))
+                self._highest[group] = max(live, self._highest.get(group, 0))
                 account: Account = component._account
                 found.append((account, 0 if self._displaced else live))
                 self._note_overdraft(account, found[-1][1], limit_bytes)
         return found
 
     def peaks(self, path: str) -> tuple[int, int]:
-        """Give the most that a component ever had, and the highest overdraft of all readings."""
+        """Give the most that a component had, and its highest overdraft, since the baseline.
+
+        Overdrafts are those of the readings; so is the peak, where the group had a higher one
+        before the baseline.
+        """
         group = allocator.registry.get(path)
         if group is None:
             return 0, 0
-        peak = group.statistics().peak_live_bytes - self._before.get(group, 0)
-        return max(0, peak), self._overdrafts.get(path, 0)
+        peak = group.statistics().peak_live_bytes
+        if peak > self._peaks_before.get(group, 0):
+            highest = peak - self._before.get(group, 0)
+        else:
+            highest = self._highest.get(group, 0)
+        return highest, self._overdrafts.get(path, 0)
 
     def tracking(self) -> Tracking:
         """Say whether allocations are counted now."""

@@ -92,6 +92,17 @@ async def test_what_was_live_before_the_limiter_is_in_its_baseline():
     del kept
 
 
+async def test_a_peak_from_before_the_limiter_is_not_its_own():
+    with allocator.registry.register("decode").enter():
+        kept = bytearray(20 * MIB)
+        del kept
+    async with make_limiter(100 * MIB) as limiter, limiter.component("decode") as decode:
+        kept = bytearray(MIB)
+        limiter.statistics()
+        del kept
+        assert decode.statistics().peak_live_bytes == pytest.approx(MIB, abs=20_000)
+
+
 async def test_an_overdraft_is_logged_once():
     limiter = make_limiter(100 * MIB)
     with structlog.testing.capture_logs() as logs:

@@ -174,7 +174,8 @@ _NOTHING = "-"
 
 def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
     """Give the components that did or declared anything as lines, the largest first."""
-    parts = _BOUNDS_AND_GRANTS + _TRACKED + (_OBSERVED if numbers.observe else _ACTED)
+    tracked = () if numbers.tracking == "off" else _TRACKED
+    parts = _BOUNDS_AND_GRANTS + tracked + (_OBSERVED if numbers.observe else _ACTED)
     rows = [
         (component, [part.cell(component) for part in parts])
         for component in sorted(

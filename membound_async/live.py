@@ -14,7 +14,7 @@ from .exceptions import TrackingError
 from .quota import Account
 
 if TYPE_CHECKING:
-    from .allocator import AllocationGroup, AllocationScope
+    from .allocator import AllocationGroup, AllocationScope, AllocationStatsSnapshot
     from .component import Component
 
 __all__ = ["LiveBytes", "Tracking", "enter_group"]
@@ -54,6 +54,9 @@ def enter_group(path: str) -> AllocationScope | None:
     return scope
 
 
+_NOTHING = allocator.AllocationStatsSnapshot()
+
+
 class LiveBytes:
     """Reads the groups of components; what was live at the baseline is part of that.
 
@@ -61,8 +64,7 @@ class LiveBytes:
     """
 
     def __init__(self) -> None:
-        self._before: dict[AllocationGroup, int] = {}
-        self._peaks_before: dict[AllocationGroup, int] = {}
+        self._before: dict[AllocationGroup, AllocationStatsSnapshot] = {}
         self._highest: dict[AllocationGroup, int] = {}
         self._overdrafts: dict[str, int] = {}
         self._displaced = False
@@ -70,10 +72,7 @@ class LiveBytes:
 
     def start(self) -> None:
         """Take what is live now for a part of the baseline."""
-        self._before = {group: group.live_bytes for group in allocator.registry}
-        self._peaks_before = {
-            group: group.statistics().peak_live_bytes for group in allocator.registry
-        }
+        self._before = {group: group.statistics() for group in allocator.registry}
         self._highest.clear()
         self._overdrafts.clear()
 
@@ -93,7 +92,7 @@ class LiveBytes:
         for group in allocator.registry:
             component = components.get(group.path)
             if component is not None:
-                live = max(0, group.live_bytes - self._before.get(group, 0))
+                live = max(0, group.live_bytes - self._of_baseline(group).live_bytes)
                 self._highest[group] = max(live, self._highest.get(group, 0))
                 account: Account = component._account
                 found.append((account, 0 if self._displaced else live))
@@ -110,8 +109,9 @@ class LiveBytes:
         if group is None:
             return 0, 0
         peak = group.statistics().peak_live_bytes
-        if peak > self._peaks_before.get(group, 0):
-            highest = peak - self._before.get(group, 0)
+        before = self._of_baseline(group)
+        if peak > before.peak_live_bytes:
+            highest = peak - before.live_bytes
         else:
             highest = self._highest.get(group, 0)
         return highest, self._overdrafts.get(path, 0)
@@ -123,6 +123,9 @@ class LiveBytes:
         if not allocator.installed() or not allocator.enabled():
             return "off"
         return "displaced" if allocator.displaced() else "on"
+
+    def _of_baseline(self, group: AllocationGroup) -> AllocationStatsSnapshot:
+        return self._before.get(group, _NOTHING)
 
     def _look_for_displacement(self) -> None:
         displaced = allocator.displaced()

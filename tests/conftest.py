@@ -102,3 +102,21 @@ def _is_kernel_file(file: IO[Any] | int | str | os.PathLike[str]) -> bool:
         except OSError:
             return False
     return path.parts[:2] in {("/", "proc"), ("/", "sys")}
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """Give an allocation group that nothing was charged to, while allocations are counted."""
+    from tests.tracking import new_group
+
+    with new_group("tests.mine") as made:
+        yield made
+
+
+@pytest.fixture
+def other() -> Iterator[Any]:
+    """Give another one."""
+    from tests.tracking import new_group
+
+    with new_group("tests.other") as made:
+        yield made

@@ -39,21 +39,9 @@ from membound_async.allocator import (
     current_group,
     registry,
 )
-from tests.tracking import charged_path, in_new_process, need_tracker, new_group
+from tests.tracking import charged_path, in_new_process, need_tracker
 
 BLOCK = sys.getsizeof(bytes(100_000))
-
-
-@pytest.fixture
-def group() -> Iterator[AllocationGroup]:
-    with new_group("tests.mine") as made:
-        yield made
-
-
-@pytest.fixture
-def other() -> Iterator[AllocationGroup]:
-    with new_group("tests.other") as made:
-        yield made
 
 
 def refused(call: Callable[[], object], words: str) -> None:

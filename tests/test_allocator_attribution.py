@@ -33,18 +33,6 @@ asyncio_only = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def group() -> Iterator[AllocationGroup]:
-    with new_group("tests.mine") as made:
-        yield made
-
-
-@pytest.fixture
-def other() -> Iterator[AllocationGroup]:
-    with new_group("tests.other") as made:
-        yield made
-
-
 # --- tasks ----------------------------------------------------------------------------------
 
 

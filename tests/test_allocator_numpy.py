@@ -7,7 +7,6 @@ import ctypes
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextvars import Context, copy_context
 from importlib import import_module
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 
 from membound_async import allocator
 from membound_async.allocator import AllocationGroup
-from tests.tracking import need_tracker, new_group
+from tests.tracking import need_tracker
 
 np = pytest.importorskip("numpy", reason="NumPy is not installed")
 multiarray: Any = import_module(
@@ -27,18 +26,6 @@ multiarray: Any = import_module(
 get_handler_name = multiarray.get_handler_name
 
 OURS = "membound_tracker"
-
-
-@pytest.fixture
-def group() -> Iterator[AllocationGroup]:
-    with new_group("tests.mine") as made:
-        yield made
-
-
-@pytest.fixture
-def other() -> Iterator[AllocationGroup]:
-    with new_group("tests.other") as made:
-        yield made
 
 
 def grown(group: AllocationGroup, before: int, nbytes: int) -> bool:

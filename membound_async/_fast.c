@@ -123,13 +123,16 @@ static int set_saturated(PyObject *self, PyObject *value, void *offset)
 typedef struct {
     PyObject_HEAD
     PyObject *queue;
-    long long granted, live, excess, reserved, peak, admissions, firm_limit;
+    long long granted, live, in_flight, excess, reserved, peak, admissions, firm_limit;
+    char grouped;
 } Account;
 
 static PyMemberDef account_members[] = {
     OBJECT(Account, queue, "queue"), BYTES(Account, granted),    BYTES(Account, live),
-    BYTES(Account, excess),          BYTES(Account, reserved),   BYTES(Account, peak),
-    BYTES(Account, admissions),      BYTES(Account, firm_limit), {NULL},
+    BYTES(Account, in_flight),       BYTES(Account, excess),     BYTES(Account, reserved),
+    BYTES(Account, peak),            BYTES(Account, admissions), BYTES(Account, firm_limit),
+    MEMBER(Account, grouped, "grouped", T_BOOL),
+    {NULL},
 };
 static PyGetSetDef account_getset[] = {{NULL}};
 STATE(Account, account, 1)
@@ -341,21 +344,21 @@ static bool fits(Ledger *ledger, long long held, long long draw)
 /* What Ledger.admit() does while nobody waits. */
 static bool admit(Ledger *ledger, Account *account, long long nbytes)
 {
-    long long moved, granted;
-    if (ledger->closed || account->queue != Py_None ||
+    long long moved, granted, all, held;
+    if (ledger->closed || account->queue != Py_None || account->grouped ||
         __builtin_add_overflow(ledger->moved, nbytes, &moved) || moved > ledger->look_at ||
         __builtin_add_overflow(account->granted, nbytes, &granted) ||
-        granted > account->firm_limit) {
+        __builtin_add_overflow(granted, account->in_flight, &all) || all > account->firm_limit ||
+        __builtin_add_overflow(positive(account->excess), account->in_flight, &held)) {
         return false;
     }
-    long long held = positive(account->excess);
     long long draw = nbytes - positive(-account->excess);
     long long excess = (granted > account->live ? granted : account->live) - account->reserved;
     if (draw > 0) {
         if (!fits(ledger, held, draw)) {
             return false;
         }
-        ledger->free += held - positive(excess);
+        ledger->free += positive(account->excess) - positive(excess);
         if (ledger->free < ledger->lowest_free) {
             ledger->lowest_free = ledger->free;
         }

@@ -57,6 +57,10 @@ def _restore(cls: type[MemboundError], message: str, facts: dict[str, object]) -
     return error
 
 
+def _amount(number: int, resource: str) -> str:
+    return format_size(number) if resource == "bytes" else f"{number} {resource}"
+
+
 class MemboundError(Exception):
     """The root of every error that this package raises on purpose."""
 
@@ -186,18 +190,26 @@ class QuotaExceeded(GrantError):
         wanted_bytes: what was asked for.
         available_bytes: the most this component could have had at that moment.
         reason: why not more, in a few words.
+        resource: what there is not enough of. If it is not ``"bytes"``, the two numbers are
+            of that.
     """
 
     def __init__(
-        self, component: str, wanted_bytes: int, available_bytes: int, reason: str
+        self,
+        component: str,
+        wanted_bytes: int,
+        available_bytes: int,
+        reason: str,
+        resource: str = "bytes",
     ) -> None:
         self.component = component
         self.wanted_bytes = wanted_bytes
         self.available_bytes = available_bytes
         self.reason = reason
+        self.resource = resource
         super().__init__(
-            f"component {component!r} wanted {format_size(wanted_bytes)}, but may have "
-            f"{format_size(available_bytes)} now: {reason}; use grant() to wait"
+            f"component {component!r} wanted {_amount(wanted_bytes, resource)}, but may have "
+            f"{_amount(available_bytes, resource)} now: {reason}; use grant() to wait"
         )
 
 
@@ -209,16 +221,26 @@ class GrantTooLarge(GrantError):
         wanted_bytes: what was asked for; of a grow, with what the grant holds already.
         most_bytes: the most that this component can ever have in one grant.
         reason: what sets that bound.
+        resource: what there is not enough of. If it is not ``"bytes"``, the two numbers are
+            of that.
     """
 
-    def __init__(self, component: str, wanted_bytes: int, most_bytes: int, reason: str) -> None:
+    def __init__(
+        self,
+        component: str,
+        wanted_bytes: int,
+        most_bytes: int,
+        reason: str,
+        resource: str = "bytes",
+    ) -> None:
         self.component = component
         self.wanted_bytes = wanted_bytes
         self.most_bytes = most_bytes
         self.reason = reason
+        self.resource = resource
         super().__init__(
-            f"component {component!r} wanted {format_size(wanted_bytes)}, but can have "
-            f"{format_size(most_bytes)} at the most ({reason}); ask for less at a time, or "
+            f"component {component!r} wanted {_amount(wanted_bytes, resource)}, but can have "
+            f"{_amount(most_bytes, resource)} at the most ({reason}); ask for less at a time, or "
             "raise the limit, the share or the component's bounds"
         )
 

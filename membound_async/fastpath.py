@@ -24,7 +24,8 @@ from .sizes import MAX_BYTES, parse_size
 if TYPE_CHECKING:
     from .component import Component
     from .grant import MemoryGrant
-    from .quota import Account, Ledger
+    from .quota import Ledger
+    from .stocks import Account
     from .waiters import Queue
 
 __all__ = [
@@ -67,13 +68,15 @@ class Holders:
 
 
 class AccountState:
-    """What an account has; see ``quota.Account``."""
+    """What an account has; see ``stocks.Account``."""
 
     __slots__ = (
         "admissions",
         "excess",
         "firm_limit",
         "granted",
+        "grouped",
+        "in_flight",
         "live",
         "peak",
         "queue",
@@ -83,6 +86,8 @@ class AccountState:
     excess: int
     firm_limit: int
     granted: int
+    grouped: bool
+    in_flight: int
     live: int
     peak: int
     queue: Queue | None
@@ -103,7 +108,7 @@ class LedgerState:
     look_at: int
     _lowest_free: int
     _closed: bool
-    _p: int
+    _p: int | None
     _q: int
 
 

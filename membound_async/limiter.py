@@ -37,7 +37,8 @@ from .grant import MemoryGrant, make_grant
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
-from .quota import NO_LIMIT, Account, Ledger
+from .quota import Ledger
+from .stocks import NO_LIMIT, Account
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
 from .settings import (

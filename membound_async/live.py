@@ -11,7 +11,7 @@ from . import allocator
 from .bounds import ROOT
 from .events import log
 from .exceptions import TrackingError
-from .quota import Account
+from .stocks import Account
 
 if TYPE_CHECKING:
     from .allocator import AllocationGroup, AllocationScope, AllocationStatsSnapshot

@@ -3,7 +3,8 @@
 What is free, in bytes (``k`` runs over the components)::
 
     g_k = granted        live_k = really allocated        m_k = minimum, while entered
-    C_k = max(m_k, g_k, live_k)                           what k has of the limit
+    S_k = in flight to k, charged on behalf of its senders
+    C_k = max(m_k, g_k, live_k) + S_k                     what k has of the limit
     R   = L - B - D - sum(C_k)                            what is free
     D   = max(0, M - B - W)                               measured, but granted to nobody
 
@@ -19,17 +20,32 @@ risen to its T, and the smallest T of all tells whether anybody is.
 
 What is left of the component's own minimum is used first and is no draw on the pool: with
 ``d = max(g, live) - m`` (negative while some of it is left) a request of ``n`` draws
-``c = n + min(d, 0)``, and ``s = max(d, 0)``. A request with ``c <= 0`` needs nothing.
+``c = n + min(d, 0)``, and ``s = max(d, 0) + S``. A request with ``c <= 0`` needs nothing.
+
+The senders of a component divide what it may have by the same rule. It may have
+``H = share*(R + s) - s`` more, so a sender with ``s_j`` in flight may have ``c`` more iff
+``s_j + c <= share * (H + s_j)``, that is iff H is at least::
+
+    t = x / p    where    x = q*c + (q - p)*s_j    (x = p*c for the component itself)
+
+    H >= t       <=>      R >= T = ceil((q*x + p*(q - p)*s) / (p*p))
+
+The same ``t`` against what is left up to the firm limit divides that. So the requests of one
+component are in the same order whatever they wait for, and a change of ``s`` moves them all
+alike: those of its senders are ranked by x within the component, and the first of them by T
+among all components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from fractions import Fraction
 
-from .exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
-from .fastpath import NO_LIMIT, AccountState, LedgerState
-from .waiters import Kind, Queue, Request, State, Waiters
+from .exceptions import GrantTooLarge, QuotaExceeded
+from .fastpath import NO_LIMIT
+from .rules import Rule, Share
+from .stocks import BYTES, Account, Group, Pool, Sender, Stock
+from .waiters import NOTHING, Kind, Order, Queue, Ranking, Request, State, Waiters
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
@@ -37,52 +53,20 @@ READY = -1
 """What must be free for a request that draws nothing from the pool: below every threshold."""
 
 
-class Account(AccountState):
-    """What one component has of the limit. Read it; only its ledger writes it.
-
-    Attributes:
-        name: the component's path.
-        minimum: bytes reserved for it while it is entered.
-        firm_limit: the most it may hold, minimum included.
-        reserved: ``m``: the minimum while entered, else 0.
-        granted: ``g``.
-        live: what its code really has allocated; 0 if that is not tracked.
-        excess: ``d = max(granted, live) - reserved``.
-        peak: the most that was granted at one time.
-        entries: how often it is entered now.
-        admissions: grants and grows given so far.
-        refusals: grants and grows refused so far.
-        queue: who waits; None if nobody does.
-    """
-
-    __slots__ = ("entries", "minimum", "name", "refusals")
-
-    def __init__(self, name: str, minimum: int, firm_limit: int) -> None:
-        self.name = name
-        self.minimum = minimum
-        self.firm_limit = firm_limit
-        self.reserved = 0
-        self.granted = 0
-        self.live = 0
-        self.excess = 0
-        self.peak = 0
-        self.entries = 0
-        self.admissions = 0
-        self.refusals = 0
-        self.queue = None
-
-
-class Ledger(LedgerState):
+class Ledger(Pool):
     """Decides about every request, and remembers who has what. Pure: no clock, no I/O.
 
-    Whatever can let waiters in returns the requests it has settled, in order: each is
-    ``ADMITTED`` and charged already, or has become ``IMPOSSIBLE``. Amounts are bytes.
+    It is the pool of bytes, and has those of other resources beside it. Whatever can let
+    waiters in returns the requests it has settled, in order: each is ``ADMITTED`` and charged
+    already, or has become ``IMPOSSIBLE``. Amounts are bytes, those of ``also`` are numbers
+    of other resources.
 
     Args:
         limit: ``L``, the effective limit.
         baseline: ``B``, what was in use before anything was granted.
-        share: the part of what nobody else holds that a component may have.
+        share: the part of what nobody else holds that a component may have, or a rule.
         bypass_limit: how many pool bytes may be granted past a waiter; None for ``L``.
+        others: how much there is of other resources. Of those the bypass limit is the limit.
 
     Attributes:
         free: ``R``; negative when more is out than there is.
@@ -97,46 +81,82 @@ class Ledger(LedgerState):
         limit: int,
         *,
         baseline: int = 0,
-        share: Fraction = Fraction(1, 2),
+        share: Fraction | Rule = Fraction(1, 2),
         bypass_limit: int | None = None,
+        others: Mapping[str, int] = NOTHING,
     ) -> None:
-        if not 0 < share <= 1:
-            raise InvalidLimit(
-                f"share={share}: a request may have a part above 0 and at most 1 of what "
-                "nobody else holds, for example Fraction(1, 2)"
-            )
-        self.limit = limit
+        self.waiters = Waiters()
+        super().__init__(BYTES, limit, self.waiters)
+        self.rule = Share(share) if isinstance(share, Fraction) else share
         self.baseline = baseline
         self.drift = 0
         self.measured = baseline
-        self.free = limit - baseline
-        self.moved = 0
-        self.look_at = NO_LIMIT
-        self.waiters = Waiters()
+        self.free = self._lowest_free = limit - baseline
+        self.pools: dict[str, Pool] = {BYTES: self}
+        for resource, amount in others.items():
+            self.pools[resource] = Pool(resource, amount, Order())
         self.accounts: dict[str, Account] = {}
-        self._p, self._q = share.numerator, share.denominator
+        self._unit = self.rule.unit
+        # Where the part depends on others, the fast path leaves the decision to request().
+        p, q = self.rule.part(0)
+        self._p, self._q = None if self.rule.depends_on_consumers else p, q
         self._bypass_limit = bypass_limit
         self._reserved = 0
         self._tracked = False
         self._holders: dict[Account, None] = {}
-        self._lowest_free = self.free
         self._exclusive: Account | None = None
-        self._closed = False
+        self._stirred: dict[Pool, None] = {}
+        """The pools, but for that of bytes, in which somebody may have become the next."""
 
     # --- accounts
 
-    def account(self, name: str, minimum: int = 0, firm_limit: int = NO_LIMIT) -> Account:
+    def account(
+        self,
+        name: str,
+        minimum: int = 0,
+        firm_limit: int = NO_LIMIT,
+        *,
+        others: Mapping[str, int] = NOTHING,
+    ) -> Account:
         """Give the account of that name; it is opened with these bounds if it is new."""
         account = self.accounts.get(name)
         if account is None:
             account = self.accounts[name] = Account(name, minimum, firm_limit)
+            account.pools = (self,)
+            for resource, firm in others.items():
+                self._stock(account, resource).firm_limit = firm
         return account
 
-    def declare(self, account: Account, minimum: int, firm_limit: int) -> list[Request]:
+    def group(self, limits: Mapping[str, int]) -> Group:
+        """Make a group, whose components divide so much of each of these resources."""
+        return {resource: Pool(resource, limit, Order()) for resource, limit in limits.items()}
+
+    def join(self, account: Account, group: Group) -> None:
+        """Put an account into a group. It must have nothing yet, and nobody may wait."""
+        account.group = group
+        account.grouped = BYTES in group
+        for resource in group:
+            self._stock(account, resource)
+        for stock in account.stocks():
+            stock.pools = self._pools_of(account, stock.resource)
+
+    def declare(
+        self,
+        account: Account,
+        minimum: int,
+        firm_limit: int,
+        others: Mapping[str, int] = NOTHING,
+    ) -> list[Request]:
         """Set the bounds of an account. A minimum counts from the next time it is entered."""
         account.minimum = minimum
         account.firm_limit = firm_limit
+        for resource, firm in others.items():
+            self._stock(account, resource).firm_limit = firm
         return self._bounds_changed(account)
+
+    def sender(self, account: Account, name: Hashable) -> Sender:
+        """Give that sender to an account; it is kept while it holds or wants anything."""
+        return account.by_sender.get(name) or Sender(name)
 
     def enter_again(self, account: Account) -> bool:
         """Enter an account that needs no reservation; False if it has to be requested."""
@@ -156,11 +176,15 @@ class Ledger(LedgerState):
         self._update(account, account.granted, 0, account.live)
         return self._bounds_changed(account)
 
+    def knows(self, account: Account, resource: str) -> bool:
+        """Whether anything limits that resource for the account."""
+        return resource in self.pools or resource in account.others
+
     # --- numbers
 
     @property
     def committed(self) -> int:
-        """Sum of ``C_k``: reserved, granted or really used."""
+        """Sum of ``C_k``: reserved, granted, in flight or really used."""
         return self.limit - self.baseline - self.drift - self.free
 
     @property
@@ -173,29 +197,14 @@ class Ledger(LedgerState):
         """How many pool bytes may be granted past a waiter before it becomes a barrier."""
         return self.limit if self._bypass_limit is None else self._bypass_limit
 
-    def draw(self, account: Account, nbytes: int) -> int:
-        """``c``: what a request of ``nbytes`` takes from the pool; 0 or less if nothing."""
-        return nbytes + min(account.excess, 0)
+    def available(self, account: Account, sender: Sender | None = None) -> int:
+        """The most bytes that the account, or a sender to it, could have at once, now."""
+        behind = account.queue is not None if sender is None else bool(sender.line)
+        return 0 if behind else self._room(account, sender)
 
-    def threshold(self, account: Account, draw: int) -> int:
-        """``T``: how much must be free for the account to draw that much."""
-        held = max(account.excess, 0)
-        return -((-self._q * draw - (self._q - self._p) * held) // self._p)
-
-    def available(self, account: Account) -> int:
-        """The most that the account could have at once, now."""
-        if account.queue is not None:
-            return 0
-        most = max(-account.excess, 0)
-        if not self._closed and self.measured < self.limit:
-            most += self._allowed(account)
-        return max(0, min(most, account.firm_limit - account.granted))
-
-    def most(self, account: Account) -> int:
-        """The most that the account could have in one grant if nobody else had anything."""
-        reserved = account.reserved
-        pool = max(0, self._p * (self.limit - self.baseline - reserved) // self._q)
-        return min(account.firm_limit, reserved + pool)
+    def most(self, account: Account, sender: Sender | None = None) -> int:
+        """The most bytes that it could have in one grant if nobody else had anything."""
+        return self._most(account, sender)[0]
 
     def most_alone(self, account: Account) -> int:
         """The most that one grant could have with the pool to itself."""
@@ -211,26 +220,31 @@ class Ledger(LedgerState):
         """
         moved = self.moved + nbytes
         granted = account.granted + nbytes
-        if self.waiters.count or granted > account.firm_limit or moved > self.look_at:
+        if self.waiters.count or moved > self.look_at or account.grouped:
+            return False
+        in_flight = account.in_flight
+        if granted + in_flight > account.firm_limit:
             return False
         excess = account.excess
         if excess < 0:
             draw = nbytes + excess
-            held = 0
+            held = in_flight
         else:
             draw = nbytes
-            held = excess
+            held = excess + in_flight
+        now = (granted if granted > account.live else account.live) - account.reserved
         if draw > 0:
             free = self.free
-            if self._closed or self._q * (held + draw) > self._p * (free + held):
+            if (
+                self._closed
+                or self._p is None
+                or self._q * (held + draw) > self._p * (free + held)
+            ):
                 return False
-            excess = (granted if granted > account.live else account.live) - account.reserved
-            self.free = free = free + held - (excess if excess > 0 else 0)
+            self.free = free = free + held - in_flight - (now if now > 0 else 0)
             if free < self._lowest_free:
                 self._lowest_free = free
-        else:
-            excess = (granted if granted > account.live else account.live) - account.reserved
-        account.excess = excess
+        account.excess = now
         account.granted = granted
         if granted > account.peak:
             account.peak = granted
@@ -248,9 +262,21 @@ class Ledger(LedgerState):
         if error is not None:
             request.account.refusals += 1
             raise error
-        if self.waiters.add(request):
-            return self._changed(request.account)
-        return []
+        account = request.account
+        if request.source is not None:
+            request.source.incoming[request] = None
+        if request.sender is not None:
+            account.by_sender.setdefault(request.sender.name, request.sender)
+        orders = None
+        if request.also or account.grouped:
+            orders = tuple(
+                pool.order for stock, _ in self._demands(request) for pool in stock.pools
+            )
+        if not self.waiters.add(request, orders):
+            return []
+        if request.sender is not None:
+            self._put(request)
+        return self._changed(account)
 
     def request_nowait(self, request: Request) -> list[Request]:
         """Ask for it now or not at all: on return it is admitted.
@@ -267,31 +293,48 @@ class Ledger(LedgerState):
         if error is not None:
             account.refusals += 1
             raise error
-        self._charge(request)
-        return self._dispatch() if self.waiters.count else []
+        return self.force(request)
 
     def force(self, request: Request) -> list[Request]:
         """Charge a request whatever the rules say of it; give others that are settled by it."""
         self._charge(request)
-        return self._changed(request.account)
+        return self._changed(request.account) if self.waiters.count else []
 
     def cancel(self, request: Request) -> list[Request]:
         """Take back a request that waits; those behind it may come in."""
-        self.waiters.remove(request, State.CANCELLED)
+        self._remove(request, State.CANCELLED)
         return self._changed(request.account)
 
     def give_back(
-        self, account: Account, nbytes: int, *, exclusive: bool = False
+        self,
+        account: Account,
+        nbytes: int,
+        *,
+        also: Mapping[str, int] = NOTHING,
+        sender: Sender | None = None,
+        exclusive: bool = False,
     ) -> list[Request] | tuple[()]:
-        """Return granted bytes; ``exclusive`` if the grant that held the pool alone is over."""
-        granted = account.granted - nbytes
-        assert granted >= 0, "more given back than granted"
-        excess = account.excess
-        account.granted = granted
-        account.excess = now = (
-            granted if granted > account.live else account.live
-        ) - account.reserved
-        self.free += (excess if excess > 0 else 0) - (now if now > 0 else 0)
+        """Return what was granted, or was in flight from a sender.
+
+        Args:
+            account: whose it was.
+            nbytes: how many bytes.
+            also: how much of other resources.
+            sender: on whose behalf it was in flight; None if it was granted.
+            exclusive: whether the grant that held the pool alone is over.
+        """
+        if sender is not None or also or len(account.pools) > 1 or self._p is None:
+            for stock, amount in self._amounts(account, nbytes, also):
+                self._add(stock, -amount, sender)
+        else:
+            granted = account.granted - nbytes
+            assert granted >= 0, "more given back than granted"
+            excess = account.excess
+            account.granted = granted
+            account.excess = now = (
+                granted if granted > account.live else account.live
+            ) - account.reserved
+            self.free += (excess if excess > 0 else 0) - (now if now > 0 else 0)
         self.moved += nbytes
         if exclusive:
             self._exclusive = None
@@ -300,12 +343,27 @@ class Ledger(LedgerState):
                 account.queue.head().exclusive = False  # the grant's grow, if that waits
         return self._changed(account) if self.waiters.count else ()
 
+    def deliver(
+        self, account: Account, nbytes: int, also: Mapping[str, int], sender: Sender
+    ) -> list[Request] | tuple[()]:
+        """Make what was in flight from a sender the account's own.
+
+        Nothing is drawn for it: what is left of the reserve takes up what it can, so there
+        may be more free than before.
+        """
+        for stock, amount in self._amounts(account, nbytes, also):
+            self._add(stock, -amount, sender)
+            self._add(stock, amount, None)
+        account.peak = max(account.peak, account.granted)
+        return self._changed(account) if self.waiters.count else ()
+
     def lift(self, barrier: Request) -> list[Request]:
         """Make a barrier an ordinary waiter again: what it waits for may be held for good.
 
         Lift the first one only. The others have only waited behind it, and would lose their
         turn each time, although there may be room for them.
         """
+        self._stir_all(barrier)
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
 
@@ -314,24 +372,24 @@ class Ledger(LedgerState):
         account = request.account
         name = account.name
         if request.kind is Kind.ENTER:
-            if account.entries or account.minimum <= self.limit - self.baseline:
+            most = min(self._capacity(pool) for pool in account.pools)
+            if account.entries or account.minimum <= most:
                 return None
-            return GrantTooLarge(
-                name, account.minimum, self.limit - self.baseline, "limit less baseline"
-            )
-        total = request.nbytes + request.held
-        most = self.most(account)
-        if request.alone:
-            most = max(most, self.most_alone(account))
-        if total <= most:
-            return None
-        if most == account.firm_limit:
-            reason = "its firm limit"
-        elif most > self.most(account):
-            reason = "limit less baseline and the others' minimums"
-        else:
-            reason = f"a share of {self._p}/{self._q} of limit less baseline"
-        return GrantTooLarge(name, total, most, reason)
+            return GrantTooLarge(name, account.minimum, most, "limit less baseline")
+        for stock, amount in self._amounts(account, request.nbytes, request.also):
+            if stock is account:
+                amount += request.held
+            most, reason = self._most(stock, request.sender)
+            if amount > most and stock is account and request.alone:
+                alone = self.most_alone(account)
+                if alone > most and alone != account.firm_limit:
+                    reason = "limit less baseline and the others' minimums"
+                elif alone == account.firm_limit:
+                    reason = "its firm limit"
+                most = max(most, alone)
+            if amount > most:
+                return GrantTooLarge(name, amount, most, reason, stock.resource)
+        return None
 
     # --- the world
 
@@ -371,15 +429,233 @@ class Ledger(LedgerState):
         self._set_capacity(self.limit, self.drift, committed, highest)
 
     def missing(self, request: Request) -> int:
-        """How much more would have to be free for the request by the rule; 0 or less if none."""
-        return self._needed_free(request) - self.free if self._need(request) > 0 else 0
+        """How much more must be free for what it wants by the rule; 0 or less if no more.
+
+        In bytes; if there are enough, of the resource that it lacks most.
+        """
+        missing = [
+            threshold - pool.free
+            for stock, amount in self._demands(request)
+            for pool in stock.pools
+            if (threshold := self._threshold(request, stock, amount, pool)) != READY
+        ]
+        return next((each for each in missing if each > 0), max(missing, default=0))
 
     def resize(self, limit: int) -> list[Request]:
         """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
         self._set_capacity(limit, self.drift, self.committed, self.highest_committed)
         return self._drop_impossible(self.accounts.values()) + self._dispatch()
 
-    # --- inside
+    # --- what a request needs
+
+    def _amounts(
+        self, account: Account, nbytes: int, also: Mapping[str, int]
+    ) -> list[tuple[Stock, int]]:
+        """Give the stocks that it concerns, bytes first, and how much of each."""
+        amounts: list[tuple[Stock, int]] = [(account, nbytes)]
+        for resource, amount in also.items():
+            amounts.append((self._stock(account, resource), amount))
+        return amounts
+
+    def _demands(self, request: Request) -> list[tuple[Stock, int]]:
+        """Give what a request would charge."""
+        account = request.account
+        if request.kind is Kind.ENTER:
+            return [(account, 0 if account.entries else max(0, account.minimum - account.excess))]
+        return self._amounts(account, request.nbytes, request.also)
+
+    def _inner(self, request: Request, stock: Stock, amount: int) -> int:
+        """``x``: what a request needs of its component's part; ``READY`` if it draws nothing."""
+        if request.kind is Kind.ENTER:
+            return amount * self._unit or READY
+        sender = request.sender
+        if sender is None:
+            excess = stock.excess
+            draw = amount if excess > 0 else amount + excess
+            return draw * self._unit if draw > 0 else READY
+        if not amount:
+            return READY
+        held = sender.held.get(stock, 0)
+        p, q = self.rule.part(stock.senders + (not held))
+        return q * amount + (q - p) * held
+
+    def _threshold(self, request: Request, stock: Stock, amount: int, pool: Pool) -> int:
+        """``T`` of a request in a pool; ``READY`` if it draws nothing."""
+        x = self._inner(request, stock, amount)
+        if x == READY:
+            return READY
+        unit = self._unit
+        if request.kind is Kind.ENTER:
+            return x // unit
+        held = stock.held
+        p, q = self._part(stock, pool)
+        threshold = -((-q * x - unit * (q - p) * held) // (unit * p))
+        return threshold if request.source is None else threshold - self._credit(request, pool)
+
+    def _part(self, stock: Stock, pool: Pool) -> tuple[int, int]:
+        """``p`` and ``q`` of what nobody else holds that the stock may have."""
+        return self.rule.part(pool.consumers + (stock.held <= 0))
+
+    def _credit(self, request: Request, pool: Pool) -> int:
+        """How much a transfer frees in a pool before it is charged there anew."""
+        source = request.source
+        assert source is not None
+        for stock, amount in self._amounts(source, request.nbytes, request.also):
+            if pool in stock.pools:
+                left = max(stock.granted - amount, stock.live) - stock.reserved
+                return max(0, stock.excess) - max(0, left)
+        return 0
+
+    def _over_firm(self, request: Request, stock: Stock, amount: int) -> bool:
+        """Whether it waits for its own component to give something back."""
+        if request.kind is Kind.ENTER:
+            return False
+        left = stock.firm_limit - stock.in_flight
+        if request.sender is None:
+            return stock.granted + amount > left
+        if stock.firm_limit == NO_LIMIT:
+            return False
+        left -= max(stock.granted, stock.reserved)
+        return self._inner(request, stock, amount) > self._unit * left
+
+    def _need(self, request: Request) -> int:
+        """``c`` of a request: what it would draw from the pool of bytes."""
+        if request.kind is Kind.ENTER:
+            return self._demands(request)[0][1]
+        if request.sender is not None:
+            return request.nbytes
+        draw = request.nbytes + min(request.account.excess, 0)
+        return draw if request.source is None else draw - self._credit(request, self)
+
+    def _oversize(self, request: Request) -> bool:
+        """Whether it can be met only by letting it have the pool alone."""
+        return request.alone and request.nbytes + request.held > self.most(request.account)
+
+    def _lacks(
+        self, request: Request, *, but_for: Pool | None = None
+    ) -> tuple[Stock, Pool | None] | None:
+        """Say what keeps a request out: a stock's firm limit or a pool; None if nothing does."""
+        for stock, amount in self._demands(request):
+            if self._over_firm(request, stock, amount):
+                return stock, None
+            for pool in stock.pools:
+                threshold = self._threshold(request, stock, amount, pool)
+                if threshold == READY or pool is but_for:
+                    continue
+                if threshold > pool.free or (pool._closed and self._bars(pool, request, amount)):
+                    return stock, pool
+        return None
+
+    def _bars(self, pool: Pool, request: Request, amount: int) -> bool:
+        """Whether somebody goes before a request in a closed pool.
+
+        A barrier, unless it has there what it needs and will have it still.
+        """
+        if pool is self and self._exclusive is not None:
+            return not request.exclusive
+        barrier = pool.order.first_barrier()
+        if barrier is None or barrier is request:
+            return False
+        if barrier.account is request.account:
+            return True
+        for stock, wanted in self._demands(barrier):
+            if pool in stock.pools:
+                return self._threshold(barrier, stock, wanted, pool) > pool.free - amount
+        return False
+
+    def _obstacle(self, request: Request) -> QuotaExceeded | None:
+        """Say why a request cannot be met without waiting; None if it can."""
+        account, sender = request.account, request.sender
+        line = account.queue if sender is None else sender.line
+        lacks = self._lacks(request)
+        stock, pool = (account, self) if lacks is None else lacks
+        if line:
+            whose = "component" if sender is None else "sender"
+            reason = f"others of the {whose} wait already"
+        elif pool is None:
+            reason = "its firm limit" if sender is None else "the sender's part of its firm limit"
+        elif lacks is None and self._need(request) <= 0:
+            return None
+        elif pool is self and self._exclusive is not None:
+            reason = "one grant holds the pool alone"
+        elif pool._closed:
+            reason = "a request that has waited long goes first"
+        elif pool is self and self.measured >= self.limit:
+            reason = "measured memory is at the limit"
+        elif lacks is None:
+            return None
+        else:
+            reason = f"its share of what nobody else holds ({pool.free} {pool.resource} are free)"
+        wanted = dict(self._amounts(account, request.nbytes, request.also))[stock]
+        room = 0 if line else self._room(stock, sender)
+        return QuotaExceeded(account.name, wanted, room, reason, stock.resource)
+
+    def _room(self, stock: Stock, sender: Sender | None) -> int:
+        """How much could be had of a stock now, whoever is before in the line."""
+        left = stock.firm_limit - stock.in_flight
+        if sender is None:
+            reserve = max(-stock.excess, 0)
+            rooms = [left - stock.granted]
+            rooms += [reserve + self._allowed(stock, pool) for pool in stock.pools]
+        else:
+            held = sender.held.get(stock, 0)
+            p, q = self.rule.part(stock.senders + (not held))
+            left -= max(stock.granted, stock.reserved)
+            rooms = [(p * left - (q - p) * held) // q]
+            for pool in stock.pools:
+                outer_p, outer_q = self._part(stock, pool)
+                more = outer_p * pool.free - (outer_q - outer_p) * stock.held  # outer_q * H
+                room = (p * more - outer_q * (q - p) * held) // (outer_q * q)
+                rooms.append(room if self._is_open(pool) else 0)
+        return max(0, min(rooms))
+
+    def _allowed(self, stock: Stock, pool: Pool) -> int:
+        """What the rule lets an account draw from a pool now."""
+        if not self._is_open(pool):
+            return 0
+        p, q = self._part(stock, pool)
+        return max(0, (p * pool.free - (q - p) * stock.held) // q)
+
+    def _is_open(self, pool: Pool) -> bool:
+        return not pool._closed and (pool is not self or self.measured < self.limit)
+
+    def _capacity(self, pool: Pool) -> int:
+        return self.limit - self.baseline if pool is self else pool.limit
+
+    def _most(self, stock: Stock, sender: Sender | None) -> tuple[int, str]:
+        """How much of a stock could be had of an idle limiter, and what bounds that."""
+        reserved, firm = stock.reserved, stock.firm_limit
+        p, q = self.rule.part(1)
+        bounds: list[tuple[int, str]] = []
+        for pool in stock.pools:
+            most = max(0, p * (self._capacity(pool) - reserved) // q)
+            what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
+            if sender is None:
+                bounds.append((reserved + most, f"{self.rule} of {what}"))
+            else:
+                most = max(0, p * p * (self._capacity(pool) - reserved) // (q * q))
+                bounds.append((most, f"a sender's part of {self.rule} of {what}"))
+        if sender is None:
+            bounds.insert(0, (firm, "its firm limit"))
+        elif firm != NO_LIMIT:
+            bounds.insert(0, (p * (firm - reserved) // q, "a sender's part of its firm limit"))
+        return min(bounds, key=lambda bound: bound[0], default=(NO_LIMIT, ""))
+
+    # --- what changes
+
+    def _stock(self, account: Account, resource: str) -> Stock:
+        """Give an account's stock of a resource, made now if it is the first of that."""
+        if resource == BYTES:
+            return account
+        stock = account.others.get(resource)
+        if stock is None:
+            stock = account.others[resource] = Stock(account, resource, NO_LIMIT)
+            stock.pools = self._pools_of(account, resource)
+        return stock
+
+    def _pools_of(self, account: Account, resource: str) -> tuple[Pool, ...]:
+        pools = ((account.group or {}).get(resource), self.pools.get(resource))
+        return tuple(pool for pool in pools if pool is not None)
 
     def _set_capacity(self, limit: int, drift: int, committed: int, highest: int) -> None:
         self.limit = limit
@@ -394,79 +670,58 @@ class Ledger(LedgerState):
             self._update(account, account.granted, account.reserved, live)
             self._place(account)
 
-    def _allowed(self, account: Account) -> int:
-        """What the rule lets the account draw from the pool now."""
-        held = max(account.excess, 0)
-        return max(0, (self._p * self.free - (self._q - self._p) * held) // self._q)
+    def _add(self, stock: Stock, amount: int, sender: Sender | None) -> None:
+        """Charge so much more or less of a stock, to the account or on behalf of a sender."""
+        if sender is None:
+            granted = stock.granted + amount
+            assert granted >= 0, "more given back than granted"
+            self._update(stock, granted, stock.reserved, stock.live)
+            return
+        before = sender.held.pop(stock, 0)
+        now = before + amount
+        assert now >= 0, "more given back than in flight"
+        if now:
+            sender.held[stock] = now
+        stock.senders += bool(now) - bool(before)
+        self._update(stock, stock.granted, stock.reserved, stock.live, stock.in_flight + amount)
+        by_sender = stock.account.by_sender
+        if now:
+            by_sender.setdefault(sender.name, sender)
+        if sender.line:
+            front = next(iter(sender.line))
+            if front.stock is not None:
+                self._put(front)
+        elif not sender.held:
+            by_sender.pop(sender.name, None)
 
-    def _update(self, account: Account, granted: int, reserved: int, live: int) -> None:
-        """Set what the account has; everything that is derived from it follows."""
-        before = account.reserved + max(account.excess, 0)
-        self._reserved += reserved - account.reserved
-        account.granted, account.reserved, account.live = granted, reserved, live
-        account.excess = max(granted, live) - reserved
-        self.free += before - reserved - max(account.excess, 0)
-        self._lowest_free = min(self._lowest_free, self.free)
-        if granted > reserved:
-            self._holders[account] = None
-
-    def _need(self, request: Request) -> int:
-        """``c`` of a request: what it would draw from the pool."""
-        account = request.account
-        if request.kind is Kind.ENTER:
-            return 0 if account.entries else max(0, account.minimum - account.excess)
-        return self.draw(account, request.nbytes)
-
-    def _needed_free(self, request: Request) -> int:
-        """``T`` of a request; ``READY`` if it draws nothing."""
-        account = request.account
-        if request.kind is Kind.ENTER:
-            return self._need(request) or READY
-        excess = account.excess
-        if excess > 0:
-            held, draw = excess, request.nbytes
-        else:
-            held, draw = 0, request.nbytes + excess
-        if draw <= 0:
-            return READY
-        return -((-self._q * draw - (self._q - self._p) * held) // self._p)
-
-    def _over_firm(self, request: Request) -> bool:
-        """Whether it waits for its own component to give something back."""
-        account = request.account
-        return (
-            request.kind is not Kind.ENTER and account.granted + request.nbytes > account.firm_limit
-        )
-
-    def _oversize(self, request: Request) -> bool:
-        """Whether it can be met only by letting it have the pool alone."""
-        return request.alone and request.nbytes + request.held > self.most(request.account)
-
-    def _obstacle(self, request: Request) -> QuotaExceeded | None:
-        """Say why a request cannot be met without waiting; None if it can."""
-        account = request.account
-        draw = self.draw(account, request.nbytes)
-        if account.queue is not None:
-            reason = "others of the component wait already"
-        elif self._over_firm(request):
-            reason = "its firm limit"
-        elif draw <= 0:
-            return None
-        elif self._exclusive is not None:
-            reason = "one grant holds the pool alone"
-        elif self._closed:
-            reason = "a request that has waited long goes first"
-        elif self.measured >= self.limit:
-            reason = "measured memory is at the limit"
-        elif self.threshold(account, draw) > self.free:
-            reason = f"its share of what nobody else holds ({self.free} bytes are free)"
-        else:
-            return None
-        return QuotaExceeded(account.name, request.nbytes, self.available(account), reason)
+    def _update(
+        self, stock: Stock, granted: int, reserved: int, live: int, in_flight: int | None = None
+    ) -> None:
+        """Set what is charged; everything that is derived from it follows."""
+        if in_flight is None:
+            in_flight = stock.in_flight
+        before, held = stock.reserved + stock.held, stock.held
+        if stock.resource == BYTES:
+            self._reserved += reserved - stock.reserved
+            if granted > reserved or in_flight:
+                self._holders[stock.account] = None
+        stock.granted, stock.reserved, stock.live = granted, reserved, live
+        stock.in_flight = in_flight
+        stock.excess = max(granted, live) - reserved
+        more = reserved + stock.held - before
+        consumers = bool(stock.held) - bool(held)
+        for pool in stock.pools:
+            pool.free -= more
+            pool._lowest_free = min(pool._lowest_free, pool.free)
+            if consumers and self.rule.depends_on_consumers:
+                pool.consumers += consumers
+                self._rank_anew(pool)
+            if pool is not self and self.waiters.count:
+                self._stirred[pool] = None
 
     def _charge(self, request: Request, *, in_turn: bool = True) -> None:
         """Admit a request with as much as the rule allows; ``in_turn`` if by the rule."""
-        account = request.account
+        account, sender = request.account, request.sender
         draw = self._need(request)
         request.state = State.ADMITTED
         if request.kind is Kind.ENTER:
@@ -474,22 +729,66 @@ class Ledger(LedgerState):
                 self._update(account, account.granted, account.minimum, account.live)
             account.entries += 1
         else:
-            if request.up_to > request.nbytes:
-                most = max(-account.excess, 0) + (0 if self._closed else self._allowed(account))
-                most = min(request.up_to, most, account.firm_limit - account.granted)
+            if request.up_to > request.nbytes and sender is None:
+                most = max(0, min(request.up_to, self._most_now(account)))
                 request.nbytes = max(request.nbytes, most)
                 draw = self._need(request)
             if not in_turn and self._oversize(request):
                 request.exclusive = True
                 self._exclusive = account
-            self._update(account, account.granted + request.nbytes, account.reserved, account.live)
+            if request.source is not None:
+                for stock, amount in self._amounts(request.source, request.nbytes, request.also):
+                    self._add(stock, -amount, None)
+            for stock, amount in self._amounts(account, request.nbytes, request.also):
+                self._add(stock, amount, sender)
+                if self.waiters.count and stock is not account:
+                    self._pass(stock, amount)
             account.peak = max(account.peak, account.granted)
             account.admissions += 1
             self.moved += request.nbytes
         request.pooled = draw > 0
         request.out_of_turn = not in_turn
         if draw > 0:
-            self.waiters.passed_bytes += draw
+            self._pass(account, draw)
+
+    def _pass(self, stock: Stock, amount: int) -> None:
+        """Note that so much was drawn past all who wait."""
+        for pool in stock.pools:
+            pool.order.passed += amount
+
+    def _most_now(self, account: Account) -> int:
+        """The most bytes that an admitted request may have, if it wants as much as it can."""
+        reserve = max(-account.excess, 0)
+        rooms = [account.firm_limit - account.in_flight - account.granted]
+        for pool in account.pools:
+            allowed = 0
+            if not pool._closed:
+                p, q = self._part(account, pool)
+                allowed = max(0, (p * pool.free - (q - p) * account.held) // q)
+            rooms.append(reserve + allowed)
+        return min(rooms)
+
+    def _remove(self, request: Request, state: State) -> None:
+        """Take out a request that waits, with its outcome."""
+        if request.barrier:
+            self._stir_all(request)
+        self.waiters.remove(request, state)
+        if request.source is not None:
+            request.source.incoming.pop(request, None)
+        sender = request.sender
+        if sender is not None:
+            if sender.line:
+                self._put(next(iter(sender.line)))
+            elif not sender.held:
+                request.account.by_sender.pop(sender.name, None)
+
+    def _stir_all(self, request: Request) -> None:
+        for stock, _ in self._demands(request):
+            for pool in stock.pools:
+                if pool is not self:
+                    self._stirred[pool] = None
+
+    # --- who is next
 
     def _changed(self, account: Account) -> list[Request]:
         """Look again at who waits after an account has changed."""
@@ -505,59 +804,161 @@ class Ledger(LedgerState):
         dropped = [
             request
             for account in accounts
-            for request in account.queue or ()
+            for line in (account.queue or (), *(each.line for each in account.by_sender.values()))
+            for request in line
             if self.refusal(request) is not None
         ]
         dropped.sort(key=lambda request: request.arrival)
         for request in dropped:
-            self.waiters.remove(request, State.IMPOSSIBLE)
+            self._remove(request, State.IMPOSSIBLE)
             request.account.refusals += 1
             self._place(request.account)
         return dropped
 
     def _place(self, account: Account) -> None:
-        """Rank the head of an account's queue anew, and see who of it counts."""
+        """Rank those who are next in an account anew, and see who of them counts."""
         queue = account.queue
-        if queue is None:
+        if queue is not None:
+            if queue.grows and queue.requests:
+                head = self._head_of_two(queue)
+            else:
+                head = next(iter(queue.grows or queue.requests))
+            self._put(head)
+        if account.by_sender:
+            for stock in account.stocks():
+                self._rank(stock)
+        for request in account.incoming:
+            if request.stock is not None:
+                self._rank(request.stock)
+
+    def _put(self, front: Request) -> None:
+        """Have the next of a line wait for what it lacks first, and count what passes it."""
+        account = front.account
+        plain = front.sender is None and not front.also
+        if plain:  # which it does in any case
+            stock: Stock = account
+            parked = self._over_firm(front, account, front.nbytes)
+        else:
+            lacks = self._lacks(front)
+            stock = account if lacks is None else lacks[0]
+            parked = lacks is not None and lacks[1] is None
+        if parked:
+            self._stir_all(front)
+            self.waiters.stop_counting(front)
+        else:
+            self.waiters.start_counting(front)
+        if front.stock is not stock:
+            if front.stock is not None:
+                before = front.stock
+                before.leave(front)
+                self._rank(before)
+            front.stock = stock
+        if front.sender is None:
+            stock.own = front
+        else:
+            if stock.fronts is None:
+                stock.fronts = Ranking()
+            stock.fronts.put(front, self._inner(front, stock, self._amount(front, stock)))
+        self._rank(stock)
+
+    def _rank(self, stock: Stock, pool: Pool | None = None) -> None:
+        """Rank the first who waits in a stock among those of a pool that it lacks.
+
+        None of them while it is the firm limit that keeps the first one out.
+
+        Args:
+            stock: where they wait.
+            pool: the pool that it lacks, if that is known.
+        """
+        own, fronts = stock.own, stock.fronts
+        first, amount = own, 0
+        if own is not None:
+            amount = self._amount(own, stock)
+            if self._over_firm(own, stock, amount):
+                stock.unrank()  # what its senders would take is what it waits for
+                return
+        if fronts:
+            front = fronts.first()
+            assert front is not None
+            wanted = self._amount(front, stock)
+            if not self._over_firm(front, stock, wanted) and (
+                own is None
+                or (fronts[front], front.arrival) < (self._inner(own, stock, amount), own.arrival)
+            ):
+                first, amount = front, wanted
+        if first is None or not stock.pools:
+            stock.unrank()
             return
-        waiters = self.waiters
-        if queue.grows and queue.requests:
-            head = self._head_of_two(queue)
+        threshold = READY
+        if pool is None:
+            for pool in stock.pools:
+                threshold = self._threshold(first, stock, amount, pool)
+                if threshold != READY and threshold > pool.free:
+                    break
         else:
-            head = next(iter(queue.grows or queue.requests))
-        if self._over_firm(head):
-            waiters.stop_counting(head)
-            waiters.unrank(head)
-        else:
-            waiters.start_counting(head)
-            waiters.rank(head, self._needed_free(head), account.granted - account.reserved)
+            threshold = self._threshold(first, stock, amount, pool)
+        if stock.ranked is not first or stock.ranked_in is not pool:
+            stock.unrank()
+            stock.ranked, stock.ranked_in = first, pool
+        pool.order.rank(first, threshold, stock.granted - stock.reserved)
+        if pool is not self:
+            self._stirred[pool] = None
+
+    @staticmethod
+    def _amount(request: Request, stock: Stock) -> int:
+        """How much of a stock a request wants."""
+        if request.kind is Kind.ENTER:
+            account = request.account
+            return 0 if account.entries else max(0, account.minimum - account.excess)
+        return request.nbytes if stock is request.account else request.also[stock.resource]
+
+    def _rank_anew(self, pool: Pool) -> None:
+        """Rank everybody in a pool anew: the number of its consumers has changed."""
+        for request in [*pool.order.heads]:
+            if request.stock is not None:
+                self._rank(request.stock)
 
     def _head_of_two(self, queue: Queue) -> Request:
         """Choose between a waiting grow and a request; the other is not ranked, but may count."""
         waiters = self.waiters
         grow, request = queue.fronts()
-        for front in (grow, request):
-            if front.barrier and self._over_firm(front):
+        grow_is_parked = self._is_parked(grow)
+        request_is_parked = self._is_parked(request)
+        for front, is_parked in ((grow, grow_is_parked), (request, request_is_parked)):
+            if front.barrier and is_parked:
+                self._stir_all(front)
                 waiters.stop_counting(front)
         head = queue.head()
-        other = request if head is grow else grow
-        waiters.unrank(other)
+        other, other_is_parked = (
+            (request, request_is_parked) if head is grow else (grow, grow_is_parked)
+        )
+        if other.stock is not None:
+            other.stock.leave(other)
         # Past a grow that waits for the firm limit it would only take what that needs.
-        if not other.barrier and (self._over_firm(other) or self._over_firm(grow)):
+        if not other.barrier and (other_is_parked or grow_is_parked):
             waiters.stop_counting(other)
         else:
             waiters.start_counting(other)
         return head
 
+    def _is_parked(self, request: Request) -> bool:
+        """Whether it waits for a firm limit, of any resource."""
+        return any(
+            self._over_firm(request, stock, amount) for stock, amount in self._demands(request)
+        )
+
     def _bar_overdue(self) -> None:
         """Make barriers of the fronts that too much was granted past."""
-        waiters = self.waiters
-        counting = waiters.counting
-        least = waiters.passed_bytes - self.bypass_limit
-        while (front := counting.first()) is not None and counting[front] < least:
-            waiters.bar(front)
-            self._place(front.account)
-        self._closed = self._exclusive is not None or bool(waiters.barriers)
+        for pool in (self, *self._stirred):
+            order = pool.order
+            least = order.passed - (self.bypass_limit if pool is self else pool.limit)
+            while (front := order.counting.first()) is not None and order.counting[front] < least:
+                if front.sender is not None and self._is_parked(front):
+                    self.waiters.stop_counting(front)
+                    continue
+                self.waiters.bar(front)
+                self._place(front.account)
+            pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 
     def _dispatch(self) -> list[Request]:
         """Admit everybody whose turn it is."""
@@ -569,7 +970,7 @@ class Ledger(LedgerState):
             if self._closed:  # but a barrier is not in its own way
                 first = waiters.first_barrier()
                 self._closed = self._exclusive is not None or first not in (None, request)
-            waiters.remove(request, State.ADMITTED)
+            self._remove(request, State.ADMITTED)
             self._charge(request, in_turn=in_turn)
             settled.append(request)
             self._place(request.account)
@@ -581,23 +982,32 @@ class Ledger(LedgerState):
     def _next(self) -> tuple[Request, bool] | None:
         """Give who may come in next, and whether by the rule; None if nobody may.
 
-        Whoever draws nothing from the pool; else the grow of the grant that holds the pool
-        alone, if there is one; else the first barrier, if there is one; else the first in
-        order. Memory may fall only by working on, so when no grant out of the pool is held,
-        the first of these that fits into what is free without drift comes in against the
-        rule; likewise the grow of the only such grant.
+        By the rule: whoever draws nothing from the pool; else the grow of the grant that
+        holds the pool alone, if there is one; else the first barrier, if there is one; else
+        the first in order.
+        """
+        while True:
+            request = self._next_in(self)
+            if request is not None:
+                return request, True
+            if not self._stirred:
+                return self._next_against_the_rule()
+            pool = next(iter(self._stirred))
+            request = self._next_in(pool)
+            if request is not None:
+                return request, True
+            del self._stirred[pool]
+
+    def _next_against_the_rule(self) -> tuple[Request, bool] | None:
+        """Memory may fall only by working on: see that somebody does.
+
+        So when no grant out of the pool is held, the first in order that fits into what is
+        free without drift comes in; likewise the grow of the only such grant.
         """
         waiters = self.waiters
-        first = waiters.heads.first()
-        if first is not None and waiters.heads[first] == READY:
-            return first, True
         if self._closed:
             first = self._first_when_closed()
-        if first is None:
-            return None
-        if waiters.heads[first] <= self.free:
-            return first, True
-        if not self._closed:
+        else:
             pooled = self._pool_is_held()
             first = waiters.growing.first() if pooled else waiters.heads.first_that(self._fits)
         if first is None or not self._fits(first):
@@ -605,6 +1015,48 @@ class Ledger(LedgerState):
         account = first.account
         is_only = account.granted - account.reserved <= first.held
         return (first, False) if is_only and not self._pool_is_held(but_for=account) else None
+
+    def _next_in(self, pool: Pool) -> Request | None:
+        """Give who may come in by the rule, of those who wait for a pool."""
+        order = pool.order
+        while (first := order.heads.first()) is not None:
+            threshold = order.heads[first]
+            if threshold != READY and pool._closed:
+                barred = self._next_barred(pool)
+                if barred is not None:
+                    return barred
+                if not pool._closed:
+                    continue
+                if pool is self and self._exclusive is not None:
+                    return None
+            if threshold != READY and threshold > pool.free:
+                return None
+            if threshold == READY or not pool._closed:
+                if self._is_plain(first):
+                    return first
+            lacks = self._lacks(first)
+            if lacks is None:
+                return first
+            stock, lacked = lacks
+            if stock is first.stock and lacked is pool:
+                return None
+            self._put(first) if stock is not first.stock else self._rank(stock, lacked)
+        return self._next_barred(pool) if pool._closed else None
+
+    def _next_barred(self, pool: Pool) -> Request | None:
+        """Give who goes before all others in a closed pool, if it may come in."""
+        first = self._first_when_closed() if pool is self else pool.order.first_barrier()
+        if first is None:
+            return None
+        lacks = self._lacks(first)
+        if lacks is None:
+            return first
+        if lacks[1] is None:
+            self._put(first)
+            self._bar_overdue()
+        elif lacks[0] is not first.stock:
+            self._put(first)
+        return None
 
     def _first_when_closed(self) -> Request | None:
         """Give the only one who may draw on the pool: of the grant that has it, or a barrier."""
@@ -624,17 +1076,29 @@ class Ledger(LedgerState):
         or charged since.
         """
         if not self._tracked:
-            own = max(0, but_for.excess) if but_for is not None else 0
+            own = but_for.held if but_for is not None else 0
             return self.committed - self._reserved > own
         holders = self._holders
         while holders:
             account, _ = holders.popitem()
-            if account.granted > account.reserved and account is not but_for:
+            if _holds(account) and account is not but_for:
                 holders[account] = None
                 return True
-        holders.update((a, None) for a in self.accounts.values() if a.granted > a.reserved)
+        holders.update((a, None) for a in self.accounts.values() if _holds(a))
         return any(account is not but_for for account in holders)
 
     def _fits(self, request: Request) -> bool:
         """Whether a head fits into what is free without drift, whatever its share."""
-        return self._need(request) <= self.free + self.drift
+        if self._need(request) > self.free + self.drift:
+            return False
+        return self._is_plain(request) or self._lacks(request, but_for=self) is None
+
+    @staticmethod
+    def _is_plain(request: Request) -> bool:
+        """Whether it asks for bytes of the limiter's pool only, for the component itself."""
+        return request.sender is None and not request.also and not request.account.grouped
+
+
+def _holds(account: Account) -> bool:
+    """Whether grants of an account hold any of the pool."""
+    return account.granted > account.reserved or account.in_flight > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from .quota import Account
+from .stocks import Account
 
 __all__ = ["Rehearsal"]
 

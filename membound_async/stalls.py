@@ -9,7 +9,8 @@ from .events import log
 
 if TYPE_CHECKING:
     from .grant import MemoryGrant
-    from .quota import Account, Ledger
+    from .quota import Ledger
+    from .stocks import Account
 
 __all__ = ["StallWatch", "describe_stall"]
 

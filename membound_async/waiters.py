@@ -1,10 +1,11 @@
 """The order among waiters: first in first out, smallest threshold first, and barriers.
 
-Inside a component, grows of grants that are held go before new requests, because who holds
-something must be able to finish; otherwise first in, first out. Between components the head
-with the smallest threshold goes first. So that nobody starves, a request at the front of its
-line counts the pool bytes that are granted past it; past a limit it becomes a *barrier*, and
-nobody else gets anything out of the pool until it is served.
+A component has a line of its own, and one for each sender on whose behalf it is asked. In
+its own, grows of grants that are held go before new requests, because who holds something
+must be able to finish; otherwise first in, first out. Between lines, who is in front and has
+the smallest threshold goes first. So that nobody starves, a request at the front of its line
+counts what is granted past it, in each resource that it needs; past a limit it becomes a
+*barrier*, and nobody gets what it lacks until it is served.
 
 This module keeps that order and knows nothing else: numbers are handed to it.
 """
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from .fastpath import WaitersState
 
 if TYPE_CHECKING:
-    from .quota import Account
+    from .stocks import Account, Sender, Stock
 
-__all__ = ["Kind", "Queue", "Ranking", "Request", "State", "Waiters"]
+__all__ = ["Kind", "Order", "Queue", "Ranking", "Request", "State", "Waiters"]
+
+NOTHING: Mapping[str, int] = {}
 
 
 class Kind(enum.Enum):
@@ -44,12 +47,15 @@ class State(enum.Enum):
 
 
 class Request:
-    """One wish for bytes of one account, from asking to its outcome.
+    """One wish for bytes, and for other resources, of one account; until its outcome.
 
     Attributes:
         account: whose account is charged.
         nbytes: how much is wanted; replaced by how much was given once it is admitted.
         kind: a new grant, a grow of one that is held, or a component's minimum.
+        also: how much is wanted of other resources.
+        sender: on whose behalf; None for the component itself.
+        source: the account that gives up as much when it is admitted: it is a transfer.
         up_to: the most that is of use, at least ``nbytes``.
         held: of a grow, the bytes that the grant has already.
         alone: may exceed the quota, by holding the pool alone.
@@ -60,18 +66,22 @@ class Request:
     __slots__ = (
         "account",
         "alone",
+        "also",
         "arrival",
         "asked_at",
         "barrier",
-        "bypassed",
         "exclusive",
         "held",
         "kind",
         "nbytes",
+        "orders",
         "out_of_turn",
         "owner",
         "pooled",
+        "sender",
+        "source",
         "state",
+        "stock",
         "up_to",
     )
 
@@ -81,6 +91,9 @@ class Request:
         nbytes: int,
         kind: Kind = Kind.GRANT,
         *,
+        also: Mapping[str, int] = NOTHING,
+        sender: Sender | None = None,
+        source: Account | None = None,
         up_to: int | None = None,
         held: int = 0,
         alone: bool = False,
@@ -90,6 +103,9 @@ class Request:
         self.account = account
         self.nbytes = nbytes
         self.kind = kind
+        self.also = also
+        self.sender = sender
+        self.source = source
         self.up_to = nbytes if up_to is None else up_to
         self.held = held
         self.alone = alone
@@ -97,19 +113,21 @@ class Request:
         self.owner = owner
         self.state = State.NEW
         self.pooled = False
-        """Whether any of it came out of the pool; known once it is admitted."""
+        """Whether any of its bytes came out of the pool; known once it is admitted."""
         self.out_of_turn = False
         """Whether it was admitted against the rule, because nobody else held anything."""
         self.arrival = 0
-        self.bypassed = 0
-        """Pool bytes granted past it, as of when it stopped counting."""
         self.barrier = False
+        self.orders: tuple[Order, ...] = ()
+        """Those of the pools that it draws on, once it waits."""
+        self.stock: Stock | None = None
+        """Where it waits, once it is the next of its line."""
         self.asked_at = 0.0
         """When it was made, by the clock of whoever made it."""
 
 
 class Queue:
-    """The waiters of one account; there is one only while anybody waits."""
+    """The waiters of an account's own line; there is one only while anybody waits."""
 
     __slots__ = ("grows", "requests")
 
@@ -188,45 +206,81 @@ class Ranking(dict["Request", int]):
         heapify(self._heap)
 
 
-class Waiters(WaitersState):
-    """All requests that wait, in order. O(log K) per change for K accounts that have any.
+class Order:
+    """The order between those who wait for one pool. O(log K) per change for K that wait.
 
     Attributes:
-        count: how many wait.
-        alone: how many of them may have the pool alone.
-        passed_bytes: pool bytes granted so far, at least while anybody waited; what fronts
-            count by.
-        heads: who is next in each account, unless it waits for its account, by the bytes
-            that must be free for it.
+        passed: how much of the pool was granted so far, at least while anybody waited; what
+            fronts count by.
+        heads: who is next in each stock of this pool, by how much must be free for it.
         growing: those heads that are grows, by what their accounts hold of the pool, the most
             first.
-        counting: fronts by where ``passed_bytes`` stood when they began to count.
+        counting: fronts by where ``passed`` stood when they began to count.
+        bypassed: how much was granted past those fronts that have counted, but do not now.
         barriers: fronts that too much was granted past, by arrival.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.alone = 0
-        self.passed_bytes = 0
+        self.passed = 0
         self.heads = Ranking()
         self.growing = Ranking()
         self.counting = Ranking()
+        self.bypassed: dict[Request, int] = {}
         self.barriers = Ranking()
+
+    def rank(self, head: Request, needed_free: int, held: int) -> None:
+        """Rank who is first in a stock that holds so much of the pool."""
+        self.heads.put(head, needed_free)
+        if head.kind is Kind.GROW:
+            self.growing.put(head, -held)
+
+    def unrank(self, request: Request) -> None:
+        """Leave a request out of the order: it is not its turn."""
+        if request in self.heads:
+            self.heads.discard(request)
+            if request.kind is Kind.GROW:
+                self.growing.discard(request)
+
+    def first_barrier(self) -> Request | None:
+        """Give the barrier that arrived first."""
+        return self.barriers.first()
+
+
+class Waiters(WaitersState, Order):
+    """All requests that wait, and the order between those that wait for bytes.
+
+    Attributes:
+        count: how many wait.
+        alone: how many of them may have the pool alone.
+    """
+
+    def __init__(self) -> None:
+        Order.__init__(self)
+        self.count = 0
+        self.alone = 0
         self._arrivals = 0
 
-    def add(self, request: Request) -> bool:
+    def add(self, request: Request, orders: tuple[Order, ...] | None = None) -> bool:
         """Put a request at the end of its line; of an exclusive grant, at its front.
+
+        Args:
+            request: who will wait.
+            orders: those of the pools that it draws on; None for that of bytes.
 
         Returns:
             Whether it is the first of its line now.
         """
-        queue = request.account.queue
-        if queue is None:
-            queue = request.account.queue = Queue()
+        account = request.account
+        if request.sender is not None:
+            line = request.sender.line
+        else:
+            if account.queue is None:
+                account.queue = Queue()
+            line = account.queue.line(request)
         self._arrivals += 1
         request.arrival = self._arrivals
         request.state = State.WAITING
-        line = queue.line(request)
+        request.orders = (self,) if orders is None else orders
         if request.exclusive and line:
             self._step_back(next(iter(line)))
         line[request] = None
@@ -238,65 +292,60 @@ class Waiters(WaitersState):
 
     def remove(self, request: Request, state: State) -> None:
         """Take a request out, wherever it stands, with its outcome."""
-        account = request.account
-        queue = account.queue
-        assert queue is not None
-        del queue.line(request)[request]
-        if not queue.grows and not queue.requests:
-            account.queue = None
+        if request.sender is not None:
+            del request.sender.line[request]
+        else:
+            account = request.account
+            queue = account.queue
+            assert queue is not None
+            del queue.line(request)[request]
+            if not queue.grows and not queue.requests:
+                account.queue = None
         self.count -= 1
         self.alone -= request.alone
         request.state = state
         self._step_back(request)
+        for order in request.orders:
+            order.bypassed.pop(request, None)
 
     def _step_back(self, request: Request) -> None:
         """Forget what a request was as the first of its line, but for its count."""
-        self.unrank(request)
+        if request.stock is not None:
+            request.stock.leave(request)
         self.stop_counting(request)
 
-    # --- the order between components
+    # --- what is granted past a front, and barriers
 
-    def rank(self, head: Request, needed_free_bytes: int, held_bytes: int) -> None:
-        """Rank the head of a queue, whose account holds so much of the pool."""
-        self.heads.put(head, needed_free_bytes)
-        if head.kind is Kind.GROW:
-            self.growing.put(head, -held_bytes)
-
-    def unrank(self, request: Request) -> None:
-        """Leave a request out of the order between components: it is not its turn."""
-        if request in self.heads:
-            self.heads.discard(request)
-            if request.kind is Kind.GROW:
-                self.growing.discard(request)
-
-    # --- bytes granted past a front, and barriers
-
-    def start_counting(self, front: Request) -> None:
+    @staticmethod
+    def start_counting(front: Request) -> None:
         """Let a front that is no barrier count what is granted past it from now on."""
-        if not front.barrier and front not in self.counting:
-            self.counting.put(front, self.passed_bytes - front.bypassed)
+        if not front.barrier:
+            for order in front.orders:
+                if front not in order.counting:
+                    before = order.bypassed.pop(front, 0) if order.bypassed else 0
+                    order.counting.put(front, order.passed - before)
 
-    def stop_counting(self, front: Request) -> None:
+    @staticmethod
+    def stop_counting(front: Request) -> None:
         """Keep a front's count as it stands; it is no barrier while it does not count."""
-        if front in self.counting:
-            front.bypassed = self.passed_bytes - self.counting[front]
-            self.counting.discard(front)
-        elif front.barrier:
-            front.barrier = False
-            self.barriers.discard(front)
+        for order in front.orders:
+            if front in order.counting:
+                order.bypassed[front] = order.passed - order.counting[front]
+                order.counting.discard(front)
+            elif front.barrier:
+                order.barriers.discard(front)
+        front.barrier = False
 
     def bar(self, front: Request) -> None:
         """Make a front that counts a barrier."""
         self.stop_counting(front)
         front.barrier = True
-        self.barriers.put(front, front.arrival)
+        for order in front.orders:
+            order.barriers.put(front, front.arrival)
 
     def lift(self, barrier: Request) -> None:
         """Make a barrier an ordinary front again, which counts from 0."""
         self.stop_counting(barrier)
-        barrier.bypassed = 0
+        for order in barrier.orders:
+            order.bypassed.pop(barrier, None)
         self.start_counting(barrier)
-
-    def first_barrier(self) -> Request | None:
-        """Give the barrier that arrived first."""
-        return self.barriers.first()

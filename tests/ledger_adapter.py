@@ -141,7 +141,7 @@ class LedgerAdapter:
             high_water_bytes=ledger.highest_committed,
             granted_bytes=tuple([account.granted for account in accounts]),
             minimum_bytes=tuple([account.reserved for account in accounts]),
-            committed_bytes=tuple([a.reserved + max(a.excess, 0) for a in accounts]),
+            committed_bytes=tuple([a.reserved + a.held for a in accounts]),
             waiting=tuple([ticket for ticket, _ in waiting]),
             barriers=tuple([ticket for ticket, request in waiting if request.barrier]),
             exclusive=tuple([t for t, grant in self._grants.items() if grant.exclusive]),

@@ -433,7 +433,8 @@ done:
 static bool give_back(Grant *self)
 {
     Limiter *limiter = (Limiter *)self->limiter;
-    if (limiter == NULL || !is_open(limiter) || self->state != HELD || !nobody_waits(limiter)) {
+    if (limiter == NULL || !is_open(limiter) || self->state != HELD || !nobody_waits(limiter) ||
+        self->options != Py_None) {
         return false;
     }
     Ledger *ledger = (Ledger *)limiter->ledger;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -11,6 +12,7 @@ from .context import Scope, current_scope
 from .exceptions import TrackingError
 from .grant import MemoryGrant, make_grant
 from .live import enter_group
+from .waiters import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable
@@ -72,26 +74,51 @@ class Component:
         nbytes: int | str,
         *,
         up_to: int | str | None = None,
+        sender: Hashable | None = None,
         timeout: float | None = None,
         oversize: Literal["raise", "alone"] = "raise",
+        also: Mapping[str, int] = NOTHING,
     ) -> MemoryGrant:
         """Give a grant of this component: ``async with component.grant(n): ...``.
 
         Args:
             nbytes: how much to wait for, or ``"64KiB"``.
             up_to: take as much as the rule allows at that moment, at most this.
+            sender: on whose behalf, see ``membound_async.grant``.
             timeout: the longest time to wait, in seconds.
             oversize: what if it is more than the quota could ever allow: ``"raise"`` or
                 ``"alone"``, see ``membound_async.grant``.
+            also: how much of other resources, see ``membound_async.grant``.
 
         Raises:
             TypeError, ValueError: an argument makes no sense.
         """
-        if up_to is None and timeout is None and oversize == "raise":
+        if (
+            up_to is None
+            and timeout is None
+            and oversize == "raise"
+            and not also
+            and sender is None
+        ):
             return MemoryGrant(self, nbytes)
-        return make_grant(self, nbytes, up_to, timeout, oversize)
+        return make_grant(
+            self,
+            nbytes,
+            up_to=up_to,
+            timeout=timeout,
+            oversize=oversize,
+            also=also,
+            sender=sender,
+        )
 
-    def grant_nowait(self, nbytes: int | str, *, up_to: int | str | None = None) -> MemoryGrant:
+    def grant_nowait(
+        self,
+        nbytes: int | str,
+        *,
+        up_to: int | str | None = None,
+        sender: Hashable | None = None,
+        also: Mapping[str, int] = NOTHING,
+    ) -> MemoryGrant:
         """Give a grant of this component that is held already.
 
         Raises:
@@ -100,7 +127,7 @@ class Component:
             GrantTooLarge: it could never be had.
             TypeError, ValueError: an argument makes no sense.
         """
-        return make_grant(self, nbytes, up_to, None, "raise")._acquire_nowait()
+        return make_grant(self, nbytes, up_to=up_to, also=also, sender=sender)._acquire_nowait()
 
     def batches(
         self,

@@ -23,7 +23,7 @@ from .sizes import MAX_BYTES, parse_size
 
 if TYPE_CHECKING:
     from .component import Component
-    from .grant import MemoryGrant
+    from .grant import MemoryGrant, Options
     from .quota import Ledger
     from .stocks import Account
     from .waiters import Queue
@@ -132,7 +132,7 @@ class GrantState:
 
     __slots__ = ("__weakref__", "_component", "_options", "_since", "_size", "_state", "_wanted")
     _component: Component
-    _options: tuple[int | None, float | None, bool] | None
+    _options: Options | None
     _since: float
     _size: int
     _state: int
@@ -142,7 +142,7 @@ class GrantState:
         self,
         component: Component,
         nbytes: int | str,
-        options: tuple[int | None, float | None, bool] | None = None,
+        options: Options | None = None,
     ) -> None:
         self._state = NEW  # first, for the finaliser of one that is refused here
         self._component = component

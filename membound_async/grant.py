@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Coroutine
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Coroutine, Hashable, Iterable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from .context import current_component, current_scope
 from .exceptions import GrantReleased
 from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
-from .sizes import format_size, parse_size
-from .waiters import Kind, Request
+from .sizes import MAX_BYTES, format_size, parse_size
+from .stocks import BYTES
+from .waiters import NOTHING, Kind, Request
 
 if TYPE_CHECKING:
     from .component import Component
 
-__all__ = ["MemoryGrant", "grant", "grant_nowait"]
+__all__ = ["MemoryGrant", "Options", "grant", "grant_nowait"]
+
+
+class Options(NamedTuple):
+    """What is asked for besides bytes, and how; a plain grant has None in its place.
+
+    The fast path leaves alone what has any.
+    """
+
+    up_to: int | None = None
+    timeout: float | None = None
+    alone: bool = False
+    also: Mapping[str, int] = NOTHING
+    sender: Hashable | None = None
+    shares: Shares | None = None
+
+
+class Shares:
+    """How many handles of one grant there are that were not released yet."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 1
+
+
+PLAIN = Options()
 
 
 class MemoryGrant(GrantState):
@@ -33,7 +60,7 @@ class MemoryGrant(GrantState):
     waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
-    __slots__ = ("_growing",)
+    __slots__ = ("_changing",)
 
     @property
     def size(self) -> int:
@@ -44,6 +71,18 @@ class MemoryGrant(GrantState):
     def component(self) -> Component:
         """Whose it is."""
         return self._component
+
+    @property
+    def also(self) -> Mapping[str, int]:
+        """How much of other resources it holds now."""
+        options = self._options
+        held = options is not None and self._state in (HELD, ALONE)
+        return MappingProxyType(options.also if held and options is not None else NOTHING)
+
+    @property
+    def sender(self) -> Hashable | None:
+        """On whose behalf it is in flight; None if it is the component's own."""
+        return self._options.sender if self._options else None
 
     @property
     def released(self) -> bool:
@@ -113,19 +152,18 @@ class MemoryGrant(GrantState):
 
     @property
     def _timeout(self) -> float | None:
-        return self._options[1] if self._options else None
+        return self._options.timeout if self._options else None
 
-    def _request(self, kind: Kind = Kind.GRANT, nbytes: int | None = None) -> Request:
-        up_to, _, alone = self._options or (None, None, False)
-        grow = kind is Kind.GROW
+    def _request(self) -> Request:
+        options = self._options or PLAIN
+        component = self._component
         return Request(
-            self._component._account,
-            self._wanted if nbytes is None else nbytes,
-            kind,
-            up_to=None if grow else up_to,
-            held=self._size,
-            alone=alone,
-            exclusive=self._state == ALONE,
+            component._account,
+            self._wanted,
+            also=options.also,
+            sender=component._limiter._sender(component._account, options.sender),
+            up_to=options.up_to,
+            alone=options.alone,
         )
 
     def _hold(self, request: Request) -> None:
@@ -136,10 +174,11 @@ class MemoryGrant(GrantState):
                 if self._state == ASKED:
                     self._since = limiter._now()
                     limiter._grants.add(self)
-                self._size += request.nbytes
+                if request.source is None:
+                    self._size += request.nbytes
                 self._state = ALONE if request.exclusive else HELD
                 return
-        limiter._give_back(request.account, request.nbytes, exclusive=request.exclusive)
+        limiter._give_back(request)
         raise GrantReleased(self._component.path, "grow")
 
     # --- changing it
@@ -158,11 +197,11 @@ class MemoryGrant(GrantState):
             GrantTooLarge: together with what it holds, it could never be had.
         """
         request = self._grow_request(nbytes, "grow")
-        self._growing = True
+        self._changing = request
         try:
             await self._component._limiter._acquire(request, None)
         finally:
-            self._growing = False
+            self._changing = None
         self._hold(request)
 
     def grow_nowait(self, nbytes: int | str) -> None:
@@ -182,22 +221,34 @@ class MemoryGrant(GrantState):
 
         Raises:
             GrantReleased: it is not held (any more).
-            ValueError: it does not hold that much.
+            ValueError: it does not hold that much, or it is shared.
         """
         nbytes = parse_size(nbytes, "nbytes")
         limiter = self._changeable_by("shrink")
-        account = self._component._account
         with limiter._lock:
-            self._held_by("shrink")
-            if nbytes > self._size:
-                raise ValueError(
-                    f"cannot shrink a grant of {format_size(self._size)} by {format_size(nbytes)}"
-                )
-            self._size -= nbytes
-            ordinary = self._state == ALONE and self._size <= limiter._ledger.most(account)
-            if ordinary:  # it would have been given so much by the rule: the pool is open again
-                self._state = HELD
-        limiter._give_back(account, nbytes, exclusive=ordinary)
+            self._part("shrink", nbytes)
+            settled = self._shrink(nbytes)
+        limiter._wake(settled)
+
+    def _part(self, operation: str, nbytes: int) -> None:
+        """Check that so much can be taken out of it; with the lock held."""
+        self._held_by(operation)
+        if nbytes > self._size:
+            raise ValueError(
+                f"cannot {operation} a grant of {format_size(self._size)} by {format_size(nbytes)}"
+            )
+
+    def _shrink(self, nbytes: int) -> Iterable[Request]:
+        limiter, account = self._component._limiter, self._component._account
+        self._size -= nbytes
+        ordinary = self._state == ALONE and self._size <= limiter._ledger.most(account)
+        if ordinary:  # it would have been given so much by the rule: the pool is open again
+            self._state = HELD
+        sender = limiter._sender(account, self.sender)
+        settled: Iterable[Request] = limiter._ledger.give_back(
+            account, nbytes, sender=sender, exclusive=ordinary
+        )
+        return settled
 
     def resize(self, nbytes: int | str) -> None:
         """Make it hold so many bytes in all: ``shrink``, or ``grow_nowait`` with its errors."""
@@ -206,6 +257,160 @@ class MemoryGrant(GrantState):
             self.grow_nowait(more)
         else:
             self.shrink(-more)
+
+    def split(self, nbytes: int | str) -> MemoryGrant:
+        """Give so many of its bytes as a grant of their own, of the same component.
+
+        Both are to be released. Other resources stay with this one. Nothing is charged or
+        given back, and it never waits.
+
+        Raises:
+            GrantReleased: it is not held (any more).
+            ValueError: it does not hold that much, or it is shared.
+        """
+        nbytes = parse_size(nbytes, "nbytes")
+        limiter = self._changeable_by("split")
+        options = None if self.sender is None else Options(sender=self.sender)
+        part = MemoryGrant(self._component, nbytes, options)
+        with limiter._lock:
+            self._part("split", nbytes)
+            self._size -= nbytes
+            part._become_held(nbytes)
+        return part
+
+    def _become_held(self, nbytes: int) -> None:
+        """Hold what is charged already; with the lock held."""
+        limiter = self._component._limiter
+        self._size = nbytes
+        self._since = limiter._now()
+        self._state = HELD
+        limiter._grants.add(self)
+
+    async def transfer(self, component: Component | str) -> None:
+        """Wait until another component may have what this grant holds, and make it its grant.
+
+        Decided with this grant taken out first, so a component can take over what it could
+        not have besides it; meanwhile it stays where it is. Not delayed by pressure.
+        Cancelled, nothing has changed.
+
+        Args:
+            component: whose it will be, of the same limiter, or its path.
+
+        Raises:
+            GrantReleased: it is not held (any more).
+            GrantTooLarge: the other component could never have that much.
+            ValueError: it is in flight or shared or holds the pool alone.
+        """
+        target = self._target(component)
+        request = self._transfer_request(target, "transfer")
+        self._changing = request
+        try:
+            await self._component._limiter._acquire(request, None)
+        finally:
+            self._changing = None
+        self._moved_to(target)
+
+    def transfer_nowait(self, component: Component | str) -> None:
+        """Make it the grant of another component, if that may have it now; see ``transfer``.
+
+        Raises:
+            GrantReleased: it is not held (any more).
+            GrantTooLarge: the other component could never have that much.
+            QuotaExceeded: it cannot have that much now. Nothing has changed.
+            ValueError: it is in flight or shared or holds the pool alone.
+        """
+        target = self._target(component)
+        request = self._transfer_request(target, "transfer_nowait")
+        self._component._limiter._acquire_nowait(request)
+        self._moved_to(target)
+
+    def _target(self, component: Component | str) -> Component:
+        limiter = self._component._limiter
+        target = limiter.find(component) if isinstance(component, str) else component._resolve()
+        if target._limiter is not limiter:
+            raise ValueError(f"{target!r} belongs to another limiter; release, and ask there")
+        return target
+
+    def _transfer_request(self, target: Component, operation: str) -> Request:
+        self._changeable_by(operation)
+        if self.sender is not None:
+            raise ValueError(f"{operation}: it is in flight; deliver() it first")
+        if self._state == ALONE:
+            raise ValueError(f"{operation}: it holds the pool alone; shrink() it first")
+        return Request(
+            target._account,
+            self._size,
+            Kind.GRANT,
+            also=(self._options or PLAIN).also,
+            source=self._component._account,
+        )
+
+    def _moved_to(self, target: Component) -> None:
+        with target._limiter._lock:
+            if self._state != RELEASED:
+                self._component = target
+                self._options = self._options or PLAIN  # the fast path knows another account
+                return
+        raise GrantReleased(target.path, "transfer")
+
+    def share(self) -> MemoryGrant:
+        """Give another handle of the same bytes; they are given back with the last handle.
+
+        For one message that goes to many: it is charged once. Each handle is released by
+        itself, and none can be changed from now on. Never waits.
+
+        Raises:
+            GrantReleased: it is not held (any more).
+            ValueError: it holds the pool alone.
+        """
+        limiter = self._held_by("share")
+        if getattr(self, "_changing", None) is not None:
+            raise RuntimeError("share: another task is waiting to change this grant")
+        if self._state == ALONE:
+            raise ValueError("share: it holds the pool alone; shrink() it first")
+        handle = MemoryGrant(self._component, self._size)
+        with limiter._lock:
+            self._held_by("share")
+            options = self._options or PLAIN
+            shares = options.shares or Shares()
+            shares.count += 1
+            self._options = handle._options = options._replace(shares=shares)
+            handle._become_held(self._size)
+        return handle
+
+    def deliver(self, settle: Mapping[str, int] = NOTHING) -> None:
+        """Make what is in flight from a sender the component's own; never waits, never fails.
+
+        The sender's share is free again. Nothing is drawn from the pool for it.
+
+        Args:
+            settle: how much there really is of resources that were charged at an upper
+                bound; the rest is given back. 0 gives all of it back.
+
+        Raises:
+            GrantReleased: it is not held (any more).
+            ValueError: it is not in flight, is shared, or ``settle`` exceeds what it holds.
+        """
+        limiter = self._changeable_by("deliver")
+        options = self._options or PLAIN
+        if options.sender is None:
+            raise ValueError("deliver: it is not in flight")
+        for resource, amount in settle.items():
+            if not 0 <= amount <= options.also.get(resource, 0):
+                raise ValueError(
+                    f"deliver: cannot settle {amount} {resource}; it holds "
+                    f"{options.also.get(resource, 0)}"
+                )
+        left = {r: settle.get(r, amount) for r, amount in options.also.items()}
+        over = {r: amount - left[r] for r, amount in options.also.items() if amount > left[r]}
+        account = self._component._account
+        with limiter._lock:
+            self._held_by("deliver")
+            sender = limiter._sender(account, options.sender)
+            kept = {resource: amount for resource, amount in left.items() if amount}
+            self._options = options._replace(sender=None, also=kept)
+            settled = limiter._ledger.deliver(account, self._size, options.also, sender, over)
+        limiter._wake(settled)
 
     def release(self) -> None:
         """Give everything back, exactly once; from any thread, without waiting.
@@ -233,9 +438,14 @@ class MemoryGrant(GrantState):
                 size = self._size
                 self._size = 0
                 limiter._grants.discard(self)
-                settled = limiter._ledger.give_back(
-                    component._account, size, exclusive=state == ALONE
-                )
+                account = component._account
+                changing = getattr(self, "_changing", None)
+                transfer = changing is not None and changing.source is not None
+                if transfer:
+                    account = limiter._ledger.end_transfer(changing)
+                settled = limiter._let_go_of(account, size, state == ALONE, self._options)
+                if transfer:
+                    settled = [*settled, changing]
             if settled:
                 limiter._wake(settled)
         elif state == NEW:
@@ -252,19 +462,31 @@ class MemoryGrant(GrantState):
     def _changeable_by(self, operation: str) -> Any:
         """Give the limiter that it is held from, if no other change of it is under way."""
         limiter = self._held_by(operation)
-        if getattr(self, "_growing", False):
-            raise RuntimeError(f"{operation}: another task is waiting to grow this grant already")
+        if getattr(self, "_changing", None) is not None:
+            raise RuntimeError(f"{operation}: another task is waiting to change this grant already")
+        if self._options is not None and self._options.shares is not None:
+            raise ValueError(f"{operation}: it is shared, and others rely on it as it is")
         return limiter
 
     def _grow_request(self, nbytes: int | str, operation: str) -> Request:
-        self._changeable_by(operation)
-        return self._request(Kind.GROW, parse_size(nbytes, "nbytes"))
+        limiter = self._changeable_by(operation)
+        nbytes = parse_size(nbytes, "nbytes")
+        options = self._options or PLAIN
+        account = self._component._account
+        sender = limiter._sender(account, options.sender)
+        return Request(
+            account,
+            nbytes,
+            Kind.GROW if sender is None else Kind.GRANT,
+            sender=sender,
+            held=self._size,
+            alone=options.alone,
+            exclusive=self._state == ALONE,
+        )
 
     def _lost(self) -> None:
         # From the finaliser: in any thread, and inside the limiter's own lock. It only queues.
-        self._component._limiter._abandon(
-            self._component._account, self._size, self._state == ALONE
-        )
+        self._component._limiter._abandon(self)
         warnings.warn(
             f"{self!r} was never released; it is given back now. Use `async with`, or "
             "release() in a finally block",
@@ -277,12 +499,15 @@ class MemoryGrant(GrantState):
 def make_grant(
     component: Component,
     nbytes: int | str,
-    up_to: int | str | None,
-    timeout: float | None,
-    oversize: Literal["raise", "alone"],
+    *,
+    up_to: int | str | None = None,
+    timeout: float | None = None,
+    oversize: Literal["raise", "alone"] = "raise",
+    also: Mapping[str, int] = NOTHING,
+    sender: Hashable | None = None,
 ) -> MemoryGrant:
     """Check the options of a grant and make it; nothing is asked for yet."""
-    if up_to is None and timeout is None and oversize == "raise":
+    if up_to is None and timeout is None and oversize == "raise" and not also and sender is None:
         return MemoryGrant(component, nbytes)
     nbytes = parse_size(nbytes, "nbytes")
     if up_to is not None:
@@ -291,13 +516,45 @@ def make_grant(
             raise ValueError(
                 f"up_to={up_to} is below nbytes={nbytes}; it is the most that is of use"
             )
+        if sender is not None:
+            raise ValueError("up_to= is for a component's own grants, not for a sender's")
     if timeout is not None and not (
         isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout >= 0
     ):
         raise ValueError(f"timeout={timeout!r} must be a finite number of seconds, 0 or more")
     if oversize not in ("raise", "alone"):
         raise ValueError(f'oversize={oversize!r} must be "raise" or "alone"')
-    return MemoryGrant(component, nbytes, (up_to, timeout, oversize == "alone"))
+    if oversize == "alone" and (also or sender is not None):
+        raise ValueError('oversize="alone" is for bytes of a component itself, and nothing else')
+    options = Options(up_to, timeout, oversize == "alone", check_amounts(component, also), sender)
+    return MemoryGrant(component, nbytes, options)
+
+
+def check_amounts(component: Component, also: Mapping[str, int]) -> Mapping[str, int]:
+    """Give amounts of resources besides bytes, as they are charged.
+
+    Raises:
+        TypeError, ValueError: an amount makes no sense, or nothing limits that resource.
+    """
+    if not also:
+        return NOTHING
+    node = component._resolve()
+    limiter, amounts = node._limiter, {}
+    for resource, amount in also.items():
+        if type(amount) is not int or not 0 <= amount <= MAX_BYTES:
+            raise ValueError(f"{resource}={amount!r} must be a whole number, 0 or more")
+        if resource == BYTES or not limiter._ledger.knows(node._account, resource):
+            known = sorted({*limiter._ledger.pools, *node._account.others} - {BYTES})
+            if limiter.is_noop and resource != BYTES:
+                continue
+            raise ValueError(
+                f"nothing limits {resource!r} of {node.path!r} (limited: "
+                f"{', '.join(known) or 'bytes only'}); give the limiter or the component a limit "
+                "of it, ResourceLimits(...)"
+            )
+        if amount:
+            amounts[resource] = amount
+    return amounts
 
 
 def grant(
@@ -305,8 +562,10 @@ def grant(
     *,
     up_to: int | str | None = None,
     component: Component | str | None = None,
+    sender: Hashable | None = None,
     timeout: float | None = None,
     oversize: Literal["raise", "alone"] = "raise",
+    also: Mapping[str, int] = NOTHING,
 ) -> MemoryGrant:
     """Give a grant for the component whose code is running.
 
@@ -324,10 +583,15 @@ def grant(
         up_to: take as much as the rule allows at that moment, at most this; ``size`` says
             how much it became.
         component: whose it is: a component or its path.
+        sender: on whose behalf the component takes it in: any hashable name. Senders divide
+            what the component may have by the same rule, each in a line of its own; see
+            `Inbox`.
         timeout: the longest time to wait, in seconds.
         oversize: what if it is more than the quota could ever allow: ``"raise"`` raises
             ``GrantTooLarge``; ``"alone"`` waits until no other grant out of the pool is
             held, and then holds the pool alone.
+        also: how much of other resources that the limiter or the component limits, such as
+            ``{"fds": 2}``. All of it is given at once, or nothing.
 
     Raises:
         NoCurrentLimiter: several limiters are entered and none in this context, or none at
@@ -335,11 +599,26 @@ def grant(
         UnknownComponent: there is no component of that path.
         TypeError, ValueError: an argument makes no sense.
     """
-    if up_to is None and component is None and timeout is None and oversize == "raise":
+    if (
+        up_to is None
+        and component is None
+        and timeout is None
+        and oversize == "raise"
+        and not also
+        and sender is None
+    ):
         scope = current_scope.get()
         if scope is not None and scope.component._limiter is not None:
             return MemoryGrant(scope.component, nbytes)
-    return make_grant(find_component(component), nbytes, up_to, timeout, oversize)
+    return make_grant(
+        find_component(component),
+        nbytes,
+        up_to=up_to,
+        timeout=timeout,
+        oversize=oversize,
+        also=also,
+        sender=sender,
+    )
 
 
 def grant_nowait(
@@ -347,6 +626,8 @@ def grant_nowait(
     *,
     up_to: int | str | None = None,
     component: Component | str | None = None,
+    sender: Hashable | None = None,
+    also: Mapping[str, int] = NOTHING,
 ) -> MemoryGrant:
     """Give a grant that is held already, for the component whose code is running.
 
@@ -358,7 +639,8 @@ def grant_nowait(
         GrantTooLarge: it could never be had.
         NoCurrentLimiter, UnknownComponent, TypeError, ValueError: as for ``grant``.
     """
-    return make_grant(find_component(component), nbytes, up_to, None, "raise")._acquire_nowait()
+    made = make_grant(find_component(component), nbytes, up_to=up_to, also=also, sender=sender)
+    return made._acquire_nowait()
 
 
 def find_component(component: Component | str | None) -> Component:

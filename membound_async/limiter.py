@@ -8,11 +8,11 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fractions import Fraction
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 import anyio.lowlevel
@@ -26,21 +26,23 @@ from .exceptions import (
     BoundsError,
     GrantTimeout,
     GrantTooLarge,
+    InvalidComponentBounds,
     InvalidLimit,
     LimitError,
     NoCurrentLimiter,
     UnknownComponent,
 )
-from .fastpath import NEW, Holders, LimiterState
+from .fastpath import ALONE, NEW, Holders, LimiterState
 from .gauge import Gauge
-from .grant import MemoryGrant, make_grant
+from .grant import MemoryGrant, Options, make_grant
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
 from .quota import Ledger
-from .stocks import NO_LIMIT, Account
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
+from .resources import ResourceLimits
+from .rules import Polynomial, Rule, Share
 from .settings import (
     LimiterSettings,
     Mode,
@@ -54,8 +56,12 @@ from .settings import (
 from .sizes import MAX_BYTES, format_size
 from .stalls import StallWatch, describe_stall
 from .statistics import ComponentStatistics, LimiterStatistics
+from .stocks import BYTES, NO_LIMIT, Account, Sender
 from .verifier import BoundsVerifier, VerifiedBounds
-from .waiters import Kind, Request, State
+from .waiters import NOTHING, Kind, Request, State
+
+if TYPE_CHECKING:
+    from .accounts import Account as ComponentAccount
 
 __all__ = ["MemoryLimiter", "current_limiter"]
 
@@ -86,7 +92,10 @@ class MemoryLimiter(LimiterState):
         slop_factor: part of the limit held back for what nobody can account; None for
             ``MEMBOUND_SLOP_FACTOR``, else 0.15.
         share: the part of what nobody else holds that one component may have; None for
-            ``MEMBOUND_SHARE``, else 1/2 (bus1). 1 is plain first come, first served.
+            ``MEMBOUND_SHARE``, else 1/2 (bus1). 1 is plain first come, first served;
+            ``Polynomial()`` is the other rule of bus1.
+        resources: how much there is of other resources, such as
+            ``ResourceLimits(fds=1000)``; None for bytes only.
         baseline: bytes in use before anything is granted; None to measure it now, and again
             when the limiter is entered before it was used.
         probe: what measures memory; None for what the limit counts.
@@ -109,7 +118,8 @@ class MemoryLimiter(LimiterState):
         limit: int | str | None = None,
         *,
         slop_factor: float | None = None,
-        share: Fraction | float | None = None,
+        share: Fraction | float | Polynomial | None = None,
+        resources: ResourceLimits | None = None,
         baseline: int | str | None = None,
         probe: MemoryProbe | None = None,
         observe: bool | None = None,
@@ -121,14 +131,19 @@ class MemoryLimiter(LimiterState):
         self._mode = parse_mode(given(mode, "MODE", "strict"))
         self._observe = parse_switch(given(observe, "OBSERVE", False), "observe")
         self._fixed_baseline = None if baseline is None else limit_size(baseline, "baseline")
-        fraction = parse_share(given(share, "SHARE", Fraction(1, 2)))
+        rule = parse_share(given(share, "SHARE", Fraction(1, 2)))
         slop = parse_slop_factor(given(slop_factor, "SLOP_FACTOR", 0.15))
         found = resolve(limit, processes=processes, probe=probe)
         self._limit = MemoryLimit(found.limit_bytes, slop, found.source)
         self._reread_limit = found.reread
         self._limit_exceeds = found.exceeds
         self._pressure_path = found.pressure_path
-        self._setup(found.probe, fraction)
+        if resources is not None and BYTES in resources:
+            raise InvalidLimit(
+                f"resources={resources!r}: how many bytes there are is what limit= says; leave "
+                "them out of resources="
+            )
+        self._setup(found.probe, rule, resources)
         if found.exceeds is not None:
             log().warning(
                 "membound.limit_above_available",
@@ -138,7 +153,9 @@ class MemoryLimiter(LimiterState):
                 remedy="leave limit= out to have the lower one kept",
             )
 
-    def _setup(self, probe: MemoryProbe, share: Fraction) -> None:
+    def _setup(
+        self, probe: MemoryProbe, rule: Rule, resources: ResourceLimits | None = None
+    ) -> None:
         self._gauge = Gauge(
             probe,
             may_be_zero=self._fixed_baseline == 0,
@@ -147,7 +164,7 @@ class MemoryLimiter(LimiterState):
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
         self._grants = Holders()
-        self._abandoned: deque[tuple[Account, int, bool]] = deque()
+        self._abandoned: deque[tuple[Account, int, bool, Options | None]] = deque()
         self._loop: EventLoop | None = None
         self._loop_token = self
         self._now = time.monotonic
@@ -172,8 +189,9 @@ class MemoryLimiter(LimiterState):
         self._ledger = Ledger(
             self._limit.effective_bytes,
             baseline=self._checked_baseline(measured),
-            share=share,
+            share=rule,
             bypass_limit=self.settings.bypass_limit_bytes,
+            others={} if resources is None else resources,
         )
         self._live.start()
         self._components: dict[str, Component] = {}
@@ -194,7 +212,7 @@ class MemoryLimiter(LimiterState):
         limiter._fixed_baseline = 0
         limiter._limit = MemoryLimit(MAX_BYTES, 0, "none")
         limiter._reread_limit = limiter._limit_exceeds = limiter._pressure_path = None
-        limiter._setup(_NoMemory(), Fraction(1))
+        limiter._setup(_NoMemory(), Share(Fraction(1)))
         return limiter
 
     def __repr__(self) -> str:
@@ -261,7 +279,12 @@ class MemoryLimiter(LimiterState):
     # --- components
 
     def component(
-        self, path: str, minimum: int | str = 0, firm_limit: int | str | None = None
+        self,
+        path: str,
+        minimum: int | str = 0,
+        firm_limit: int | str | None = None,
+        *,
+        limits: ResourceLimits | None = None,
     ) -> Component:
         """Give the component of that dotted path, the same one each time.
 
@@ -270,10 +293,37 @@ class MemoryLimiter(LimiterState):
             minimum: bytes it needs to work at all; reserved while it is entered.
             firm_limit: the most it may ever hold, minimum included; None for no limit but
                 the quota.
+            limits: the most of several resources; its bytes are the firm limit.
 
         Raises:
             InvalidComponentBounds: the bounds make no sense, or it has others already.
         """
+        if limits is not None and BYTES in limits:
+            if firm_limit is not None:
+                raise InvalidComponentBounds(path, "firm_limit= and the bytes of limits= are one")
+            firm_limit = limits[BYTES]
+        found = self._component(path, minimum, firm_limit)
+        if limits is not None and limits.others:
+            account: Account = found._account
+            with self._lock:
+                settled = self._ledger.declare(
+                    account, account.minimum, account.firm_limit, limits.others
+                )
+            self._wake(settled)
+        return found
+
+    def account(self, name: str, limits: ResourceLimits) -> ComponentAccount:
+        """Make an account: components that divide these limits among themselves.
+
+        See `membound_async.Account`.
+        """
+        from .accounts import Account
+
+        return Account(name, limits, self)
+
+    def _component(
+        self, path: str, minimum: int | str, firm_limit: int | str | None
+    ) -> Component:
         if minimum != 0 or firm_limit is not None:
             self.registry.declare(path, minimum=minimum, firm_limit=firm_limit)
         found = self._components.get(path)
@@ -335,15 +385,25 @@ class MemoryLimiter(LimiterState):
         *,
         up_to: int | str | None = None,
         component: Component | str | None = None,
+        sender: Hashable | None = None,
         timeout: float | None = None,
         oversize: Literal["raise", "alone"] = "raise",
+        also: Mapping[str, int] = NOTHING,
     ) -> MemoryGrant:
         """Give a grant of this limiter: ``async with limiter.grant(n): ...``.
 
         For the component named, else the one whose code is running if it belongs to this
         limiter, else ``root``. See ``membound_async.grant`` for the arguments and errors.
         """
-        return make_grant(self._target(component), nbytes, up_to, timeout, oversize)
+        return make_grant(
+            self._target(component),
+            nbytes,
+            up_to=up_to,
+            timeout=timeout,
+            oversize=oversize,
+            also=also,
+            sender=sender,
+        )
 
     def grant_nowait(
         self,
@@ -351,9 +411,12 @@ class MemoryLimiter(LimiterState):
         *,
         up_to: int | str | None = None,
         component: Component | str | None = None,
+        sender: Hashable | None = None,
+        also: Mapping[str, int] = NOTHING,
     ) -> MemoryGrant:
         """Give a grant of this limiter that is held already; see ``grant_nowait``."""
-        return make_grant(self._target(component), nbytes, up_to, None, "raise")._acquire_nowait()
+        target = self._target(component)
+        return make_grant(target, nbytes, up_to=up_to, also=also, sender=sender)._acquire_nowait()
 
     def _target(self, component: Component | str | None) -> Component:
         if isinstance(component, str):
@@ -696,6 +759,8 @@ class MemoryLimiter(LimiterState):
         delay = self._delay
         if not delay or self._observe or not request.pooled or request.kind is not Kind.GRANT:
             return 0.0
+        if request.source is not None:
+            return 0.0
         self._add(self._delay_seconds, request.account, delay)
         return delay
 
@@ -744,30 +809,52 @@ class MemoryLimiter(LimiterState):
             elif request.kind is Kind.ENTER:
                 settled = self._ledger.leave(request.account)
             else:
-                settled = list(
-                    self._ledger.give_back(
-                        request.account, request.nbytes, exclusive=request.exclusive
-                    )
-                )
+                settled = list(self._ledger.undo(request))
         self._wake(settled)
 
-    def _give_back(self, account: Account, nbytes: int, *, exclusive: bool = False) -> None:
+    def _sender(self, account: Account, name: Hashable | None) -> Sender | None:
+        return None if name is None else self._ledger.sender(account, name)
+
+    def _give_back(self, request: Request) -> None:
+        """Take back what was charged for a request whose grant is there no more."""
         with self._lock:
-            settled = self._ledger.give_back(account, nbytes, exclusive=exclusive)
+            settled = self._ledger.undo(request)
         self._wake(settled)
 
-    def _abandon(self, account: Account, nbytes: int, exclusive: bool) -> None:
+    def _let_go_of(
+        self, account: Account, nbytes: int, exclusive: bool, options: Options | None
+    ) -> Iterable[Request]:
+        """Give back what a grant held, if it is the last handle of that; with the lock held."""
+        if options is None:
+            return self._ledger.give_back(account, nbytes, exclusive=exclusive)
+        if options.shares is not None:
+            options.shares.count -= 1
+            if options.shares.count:
+                return ()
+        return self._ledger.give_back(
+            account,
+            nbytes,
+            also=options.also,
+            sender=self._sender(account, options.sender),
+            exclusive=exclusive,
+        )
+
+    def _abandon(self, grant: MemoryGrant) -> None:
         """Queue what a garbage-collected grant held. Takes no lock: may run anywhere."""
-        self._abandoned.append((account, nbytes, exclusive))
+        self._abandoned.append(
+            (grant._component._account, grant._size, grant._state == ALONE, grant._options)
+        )
         if self._loop is not None:
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
         """Give back what was queued by finalisers."""
         while self._abandoned:
-            account, nbytes, exclusive = self._abandoned.popleft()
+            account, nbytes, exclusive, options = self._abandoned.popleft()
             log().warning("membound.grant_leaked", component=account.name, granted_bytes=nbytes)
-            self._give_back(account, nbytes, exclusive=exclusive)
+            with self._lock:
+                settled = self._let_go_of(account, nbytes, exclusive, options)
+            self._wake(settled)
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""

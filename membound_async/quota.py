@@ -266,7 +266,7 @@ class Ledger(Pool):
         if request.source is not None:
             request.source.incoming[request] = None
         if request.sender is not None:
-            account.by_sender.setdefault(request.sender.name, request.sender)
+            request.sender = account.by_sender.setdefault(request.sender.name, request.sender)
         orders = None
         if request.also or account.grouped:
             orders = tuple(
@@ -344,18 +344,59 @@ class Ledger(Pool):
         return self._changed(account) if self.waiters.count else ()
 
     def deliver(
-        self, account: Account, nbytes: int, also: Mapping[str, int], sender: Sender
+        self,
+        account: Account,
+        nbytes: int,
+        also: Mapping[str, int],
+        sender: Sender,
+        over: Mapping[str, int] = NOTHING,
     ) -> list[Request] | tuple[()]:
         """Make what was in flight from a sender the account's own.
 
         Nothing is drawn for it: what is left of the reserve takes up what it can, so there
         may be more free than before.
+
+        Args:
+            account: who receives it.
+            nbytes: how many bytes were in flight.
+            also: how much of other resources was.
+            sender: on whose behalf.
+            over: how much of these is given back.
         """
         for stock, amount in self._amounts(account, nbytes, also):
             self._add(stock, -amount, sender)
-            self._add(stock, amount, None)
+            self._add(stock, amount - over.get(stock.resource, 0), None)
         account.peak = max(account.peak, account.granted)
         return self._changed(account) if self.waiters.count else ()
+
+    def end_transfer(self, request: Request) -> Account:
+        """Give up a transfer because the grant is released; say who has it now.
+
+        Whoever waits for the request is to be woken.
+        """
+        source = request.source
+        assert source is not None
+        if request.state is State.WAITING:
+            self._remove(request, State.CANCELLED)
+            self._place(request.account)
+        elif request.state is State.ADMITTED:
+            request.state = State.CANCELLED
+            return request.account
+        return source
+
+    def undo(self, request: Request) -> list[Request] | tuple[()]:
+        """Take back what was charged for a request; of a transfer, charge the source again."""
+        settled = self.give_back(
+            request.account,
+            request.nbytes,
+            also=request.also,
+            sender=request.sender,
+            exclusive=request.exclusive,
+        )
+        if request.source is not None:
+            again = Request(request.source, request.nbytes, also=request.also)
+            return [*settled, *self.force(again)]
+        return settled
 
     def lift(self, barrier: Request) -> list[Request]:
         """Make a barrier an ordinary waiter again: what it waits for may be held for good.
@@ -722,6 +763,8 @@ class Ledger(Pool):
     def _charge(self, request: Request, *, in_turn: bool = True) -> None:
         """Admit a request with as much as the rule allows; ``in_turn`` if by the rule."""
         account, sender = request.account, request.sender
+        if sender is not None:
+            sender = request.sender = account.by_sender.get(sender.name, sender)
         draw = self._need(request)
         request.state = State.ADMITTED
         if request.kind is Kind.ENTER:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Self
 
 from .exceptions import InvalidLimit
 from .pressure import PressurePolicy
+from .rules import Polynomial, Rule, Share
 from .sizes import parse_size
 
 __all__ = ["LimiterSettings"]
@@ -143,15 +144,17 @@ def parse_slop_factor(value: Any) -> float:
     return slop
 
 
-def parse_share(value: Any) -> Fraction:
-    """Give the share that the value is or names, exactly, or raise ``InvalidLimit``."""
+def parse_share(value: Any) -> Rule:
+    """Give the rule that the value is or names: a share, exactly; or raise ``InvalidLimit``."""
+    if isinstance(value, Polynomial) or str(value).strip().lower() == "polynomial":
+        return Polynomial()
     try:
         share = Fraction(str(value) if isinstance(value, float) else value)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         share = Fraction(0)
     if isinstance(value, bool) or not 0 < share <= 1:
         _refuse("share", value, "use a part above 0 and at most 1, for example Fraction(1, 2)")
-    return share
+    return Share(share)
 
 
 def limit_size(value: int | str, name: str) -> int:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from membound_async.quota import NO_LIMIT, Account
+from membound_async.stocks import BYTES, NO_LIMIT, Account, Pool
 from membound_async.waiters import Kind, Queue, Ranking, Request, State, Waiters
 
 
@@ -159,7 +159,9 @@ def test_the_grow_of_an_exclusive_grant_goes_before_all():
     waiters, owner = Waiters(), account()
     request = waiting(waiters, owner)
     grow = waiting(waiters, owner, Kind.GROW)
+    pool = Pool(BYTES, 100, waiters)
     waiters.rank(grow, 10, 5)
+    grow.stock, owner.ranked, owner.ranked_in = owner, grow, pool
     for front in (grow, request):
         waiters.start_counting(front)
         waiters.bar(front)
@@ -200,7 +202,7 @@ def test_ranks():
     assert (waiters.heads.first(), waiters.growing.first()) == (other, grow)
     waiters.unrank(other)
     assert (waiters.heads.first(), len(waiters.heads)) == (requests[1], 3)
-    waiters.remove(grow, State.CANCELLED)
+    waiters.unrank(grow)
     assert (waiters.growing.first(), len(waiters.heads)) == (None, 2)
 
 

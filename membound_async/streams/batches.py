@@ -10,7 +10,7 @@ import anyio
 
 from membound_async.eventloop import EventLoop, Handle, running_loop
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
-from membound_async.grant import MemoryGrant
+from membound_async.grant import MemoryGrant, Options
 from membound_async.sizes import MAX_BYTES, parse_size, size_of
 
 from .charges import Charge, available_to, check_count, measure
@@ -231,7 +231,7 @@ class _Batch(Generic[T]):
     async def _begin(self) -> None:
         nbytes = self._nbytes
         up_to = nbytes + self._advance(nbytes)
-        options = (up_to, None, False) if up_to > nbytes else None
+        options = Options(up_to) if up_to > nbytes else None
         self._own = await Charge(self._component, nbytes, options)
         self._room = self._own.size - nbytes
         self._charges.append(self._own)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from membound_async.fastpath import ALONE
 from membound_async.grant import MemoryGrant
 from membound_async.sizes import MAX_BYTES, parse_size
 
@@ -27,14 +26,13 @@ class Charge(MemoryGrant):
         return mine
 
     def _lost(self) -> None:
-        component = self._component
-        limiter = component._limiter
+        limiter = self._component._limiter
         # This may be running in the midst of the limiter, in the thread that has its lock.
         if limiter._lock.acquire(blocking=False):
             limiter._lock.release()
             MemoryGrant._release(self)
         else:
-            limiter._abandon(component._account, self._size, self._state == ALONE)
+            limiter._abandon(self)
 
 
 def available_to(component: Component) -> float:

@@ -157,6 +157,8 @@ class Pair:
         self.waiting: dict[Request, Wish] = {}
         self.lines: dict[tuple[Component, str | None, bool], list[Request]] = {}
         self.passed: dict[Request, dict[Place, int]] = {}
+        self.once_parked: set[Request] = set()
+        """Senders' firsts that have waited for a firm limit: they count again in their turn."""
         self.of: dict[int, Grant] = {}
         """The grants that what waits belongs to, by its ticket."""
 
@@ -578,6 +580,7 @@ class Pair:
             if front is not request
             and front not in step.barriers
             and not self.is_parked(front)
+            and front not in self.once_parked
             for wish in [self.waiting[front]]
         }
 
@@ -624,6 +627,8 @@ class Pair:
             )
         for front in self.fronts():
             wish = self.waiting[front]
+            if wish.sender is not None and world.parked_at(wish):
+                self.once_parked.add(front)
             if not world.fits(wish):
                 continue
             own = self.head(wish.component)

@@ -731,6 +731,8 @@ class Ledger(Pool):
             sender.held[stock] = now
         stock.senders += bool(now) - bool(before)
         self._update(stock, stock.granted, stock.reserved, stock.live, stock.in_flight + amount)
+        if self.rule.depends_on_consumers and bool(now) != bool(before) and stock.fronts:
+            self._rank_senders_anew(stock)
         by_sender = stock.account.by_sender
         if now:
             by_sender.setdefault(sender.name, sender)
@@ -986,6 +988,13 @@ class Ledger(Pool):
         for request in [*pool.order.heads]:
             if request.stock is not None:
                 self._rank(request.stock)
+
+    def _rank_senders_anew(self, stock: Stock) -> None:
+        """Rank all who wait in a stock anew: the number of its senders has changed."""
+        for ranking in (stock.fronts, stock.parked):
+            for front in [*(ranking or ())]:
+                ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
+        self._rank(stock)
 
     def _head_of_two(self, queue: Queue) -> Request:
         """Choose between a waiting grow and a request; the other is not ranked, but may count."""

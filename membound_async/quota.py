@@ -1089,12 +1089,13 @@ class Ledger(Pool):
         if self._closed:
             first = self._first_when_closed()
         else:
-            pooled = self._pool_is_held()
-            first = waiters.growing.first() if pooled else waiters.heads.first_that(self._fits)
+            is_held = self._pool_is_held()
+            first = waiters.growing.first() if is_held else waiters.heads.first_that(self._fits)
         if first is None or not self._fits(first):
             return None
         account = first.account
-        is_only = account.granted - account.reserved <= first.held
+        pooled = max(0, account.granted - account.reserved) + account.in_flight
+        is_only = pooled <= first.held
         return (first, False) if is_only and not self._pool_is_held(but_for=account) else None
 
     def _next_in(self, pool: Pool) -> Request | None:

@@ -533,10 +533,11 @@ class Pair:
             must(not lacking, f"{name}: there is too little of {lacking}")
         else:
             must(lacking == {(None, BYTES)}, f"{name} out of turn: it lacks {lacking}")
-            held = wish.component.granted.get(BYTES, 0) - wish.component.reserved
-            others = [each for each in world.held_anywhere() if each is not wish.component]
-            alone = not others and not wish.component.sent(BYTES) and held <= wish.held
-            must(alone or not [*world.held_anywhere()], f"{name} out of turn: others hold some")
+            component = wish.component
+            others = [each for each in world.held_anywhere() if each is not component]
+            held = max(0, component.granted.get(BYTES, 0) - component.reserved)
+            held += component.sent(BYTES)
+            must(not others and held <= wish.held, f"{name} out of turn: others hold some")
         before = {place: world.free(place) for place in self.pools}
         needs = {each: world.drawn(each_wish) for each, each_wish in self.waiting.items()}
         drawn_by_it = world.drawn(wish)

@@ -298,7 +298,11 @@ class Ledger(Pool):
     def force(self, request: Request) -> list[Request]:
         """Charge a request whatever the rules say of it; give others that are settled by it."""
         self._charge(request)
-        return self._changed(request.account) if self.waiters.count else []
+        if not self.waiters.count:
+            return []
+        account = request.account
+        dropped = self._entered(account) if request.kind is Kind.ENTER else []
+        return dropped + self._changed(account)
 
     def cancel(self, request: Request) -> list[Request]:
         """Take back a request that waits; those behind it may come in."""
@@ -850,6 +854,12 @@ class Ledger(Pool):
         """Likewise after its bounds have changed, which may make waiters impossible."""
         return self._drop_impossible((account,)) + self._changed(account)
 
+    def _entered(self, account: Account) -> list[Request]:
+        """Take out who has become impossible because what is reserved now is not left."""
+        if self.waiters.alone:
+            return self._drop_impossible(self.accounts.values())
+        return self._drop_impossible((account,)) if account.by_sender else []
+
     def _drop_impossible(self, accounts: Iterable[Account]) -> list[Request]:
         """Take out the waiters of these accounts that can never be met any more."""
         dropped = [
@@ -932,48 +942,60 @@ class Ledger(Pool):
         if not self._over_firm(front, stock, self._amount(front, stock)):
             self._put(front)
 
-    def _rank(self, stock: Stock, pool: Pool | None = None) -> None:
-        """Rank the first who waits in a stock among those of a pool that it lacks.
+    def _rank(self, stock: Stock, lacking: tuple[Request, Pool] | None = None) -> None:
+        """Rank who is first in a stock among those of a pool that it lacks.
 
-        None of them while it is the firm limit that keeps the first one out.
+        Nobody while it is the firm limit that keeps the first one out.
 
         Args:
             stock: where they wait.
-            pool: the pool that it lacks, if that is known.
+            lacking: one of them and the pool that it lacks, if that is known.
+        """
+        firsts = self._firsts(stock) if stock.pools else ()
+        ranked = stock.ranked
+        for request in [*ranked]:
+            if request not in firsts:
+                stock.unrank(request)
+        for first in firsts:
+            amount = self._amount(first, stock)
+            threshold = READY
+            if lacking is not None and lacking[0] is first:
+                pool = lacking[1]
+                threshold = self._threshold(first, stock, amount, pool)
+            else:
+                for pool in stock.pools:
+                    threshold = self._threshold(first, stock, amount, pool)
+                    if threshold != READY and threshold > pool.free:
+                        break
+            if ranked.get(first) is not pool:
+                stock.unrank(first)
+                ranked[first] = pool
+            pool.order.rank(first, threshold, stock.granted - stock.reserved)
+            if pool is not self:
+                self._stirred[pool] = None
+
+    def _firsts(self, stock: Stock) -> tuple[Request, ...]:
+        """Give who is first in a stock.
+
+        Whose next of its own line needs less than another for as much, as it enters or takes
+        over what is held already, has it ranked beside the first of its senders'.
         """
         own, fronts = stock.own, stock.fronts
-        first, amount = own, 0
-        if own is not None:
-            amount = self._amount(own, stock)
-            if self._over_firm(own, stock, amount):
-                stock.unrank()  # what its senders would take is what it waits for
-                return
-        if fronts:
-            front = fronts.first()
-            assert front is not None
-            wanted = self._amount(front, stock)
-            if not self._over_firm(front, stock, wanted) and (
-                own is None
-                or (fronts[front], front.arrival) < (self._inner(own, stock, amount), own.arrival)
-            ):
-                first, amount = front, wanted
-        if first is None or not stock.pools:
-            stock.unrank()
-            return
-        threshold = READY
-        if pool is None:
-            for pool in stock.pools:
-                threshold = self._threshold(first, stock, amount, pool)
-                if threshold != READY and threshold > pool.free:
-                    break
-        else:
-            threshold = self._threshold(first, stock, amount, pool)
-        if stock.ranked is not first or stock.ranked_in is not pool:
-            stock.unrank()
-            stock.ranked, stock.ranked_in = first, pool
-        pool.order.rank(first, threshold, stock.granted - stock.reserved)
-        if pool is not self:
-            self._stirred[pool] = None
+        # What its senders would take is what it waits for at the firm limit.
+        if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
+            return ()
+        if not fronts:
+            return () if own is None else (own,)
+        front = fronts.first()
+        assert front is not None
+        if self._over_firm(front, stock, self._amount(front, stock)):
+            return () if own is None else (own,)
+        if own is None:
+            return (front,)
+        if own.kind is Kind.ENTER or own.source is not None:
+            return own, front
+        needed = self._inner(own, stock, self._amount(own, stock))
+        return (min((fronts[front], front.arrival, front), (needed, own.arrival, own))[2],)
 
     @staticmethod
     def _amount(request: Request, stock: Stock) -> int:
@@ -1055,8 +1077,8 @@ class Ledger(Pool):
             self._charge(request, in_turn=in_turn)
             settled.append(request)
             self._place(request.account)
-            if request.kind is Kind.ENTER and waiters.alone:
-                settled += self._drop_impossible(self.accounts.values())
+            if request.kind is Kind.ENTER:
+                settled += self._entered(request.account)
             self._bar_overdue()
         return settled
 
@@ -1122,7 +1144,10 @@ class Ledger(Pool):
             stock, lacked = lacks
             if stock is first.stock and lacked is pool:
                 return None
-            self._put(first) if stock is not first.stock else self._rank(stock, lacked)
+            if stock is not first.stock:
+                self._put(first)
+            else:
+                self._rank(stock, None if lacked is None else (first, lacked))
         return self._next_barred(pool) if pool._closed else None
 
     def _next_barred(self, pool: Pool) -> Request | None:

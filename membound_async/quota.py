@@ -49,7 +49,7 @@ from .waiters import NOTHING, Kind, Order, Queue, Ranking, Request, State, Waite
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
-READY = -1
+READY = -NO_LIMIT
 """What must be free for a request that draws nothing from the pool: below every threshold."""
 
 
@@ -301,6 +301,8 @@ class Ledger(Pool):
         if not self.waiters.count:
             return []
         account = request.account
+        if request.source is not None:
+            self._place(request.source)
         dropped = self._entered(account) if request.kind is Kind.ENTER else []
         return dropped + self._changed(account)
 
@@ -533,23 +535,27 @@ class Ledger(Pool):
         if request.kind is Kind.ENTER:
             return x // unit
         held = stock.held
-        p, q = self._part(stock, pool)
-        threshold = -((-q * x - unit * (q - p) * held) // (unit * p))
-        return threshold if request.source is None else threshold - self._credit(request, pool)
+        credit, leaves = (0, 0) if request.source is None else self._credit(request, pool)
+        p, q = self._part(stock, pool, leaves)
+        return -((-q * x - unit * (q - p) * held) // (unit * p)) - credit
 
-    def _part(self, stock: Stock, pool: Pool) -> tuple[int, int]:
+    def _part(self, stock: Stock, pool: Pool, leaves: int = 0) -> tuple[int, int]:
         """``p`` and ``q`` of what nobody else holds that the stock may have."""
-        return self.rule.part(pool.consumers + (stock.held <= 0))
+        return self.rule.part(pool.consumers + (stock.held <= 0) - leaves)
 
-    def _credit(self, request: Request, pool: Pool) -> int:
-        """How much a transfer frees in a pool before it is charged there anew."""
+    def _credit(self, request: Request, pool: Pool) -> tuple[int, int]:
+        """How much a transfer frees in a pool before it is charged there anew.
+
+        And how many consumers there are less then.
+        """
         source = request.source
         assert source is not None
         for stock, amount in self._amounts(source, request.nbytes, request.also):
             if pool in stock.pools:
                 left = max(stock.granted - amount, stock.live) - stock.reserved
-                return max(0, stock.excess) - max(0, left)
-        return 0
+                freed = max(0, stock.excess) - max(0, left)
+                return freed, int(0 < stock.held == freed)
+        return 0, 0
 
     def _over_firm(self, request: Request, stock: Stock, amount: int) -> bool:
         """Whether it waits for its own component to give something back."""
@@ -570,7 +576,7 @@ class Ledger(Pool):
         if request.sender is not None:
             return request.nbytes
         draw = request.nbytes + min(request.account.excess, 0)
-        return draw if request.source is None else draw - self._credit(request, self)
+        return draw if request.source is None else draw - self._credit(request, self)[0]
 
     def _oversize(self, request: Request) -> bool:
         """Whether it can be met only by letting it have the pool alone."""
@@ -1077,6 +1083,8 @@ class Ledger(Pool):
             self._charge(request, in_turn=in_turn)
             settled.append(request)
             self._place(request.account)
+            if request.source is not None:
+                self._place(request.source)
             if request.kind is Kind.ENTER:
                 settled += self._entered(request.account)
             self._bar_overdue()

@@ -909,7 +909,7 @@ class Ledger(Pool):
             parked = self._over_firm(front, account, front.nbytes)
         else:
             lacks = self._lacks(front)
-            stock = account if lacks is None else lacks[0]
+            stock = self._stock_of_next(front) if lacks is None else lacks[0]
             parked = lacks is not None and lacks[1] is None
         if parked:
             self._stir_all(front)
@@ -937,16 +937,34 @@ class Ledger(Pool):
                 stock.parked.discard(front)
         self._rank(stock)
 
+    def _stock_of_next(self, front: Request) -> Stock:
+        """Say where a front that lacks nothing waits for its turn, where it draws anything.
+
+        Where its component itself waits for the firm limit, if there is such a one.
+        """
+        account = front.account
+        if front.sender is None:
+            return account
+        drawn = [stock for stock, amount in self._demands(front) if amount and stock.pools]
+        for stock in drawn:
+            own = stock.own
+            if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
+                return stock
+        return drawn[0] if drawn else account
+
     def _look_at_parked(self, stock: Stock) -> None:
         """Have the first of the senders' requests at the firm limit count again, if it fits.
 
-        One at a time, so that this costs the same however many they are.
+        One at a time, so that this costs the same however many they are; where there is no
+        pool, all that fit, as none of them waits here any longer.
         """
         assert stock.parked is not None
-        front = stock.parked.first()
-        assert front is not None
-        if not self._over_firm(front, stock, self._amount(front, stock)):
+        while (front := stock.parked.first()) is not None:
+            if self._over_firm(front, stock, self._amount(front, stock)):
+                break
             self._put(front)
+            if stock.pools:
+                break
 
     def _rank(self, stock: Stock, lacking: tuple[Request, Pool] | None = None) -> None:
         """Rank who is first in a stock among those of a pool that it lacks.
@@ -987,13 +1005,12 @@ class Ledger(Pool):
         over what is held already, has it ranked beside the first of its senders'.
         """
         own, fronts = stock.own, stock.fronts
-        # What its senders would take is what it waits for at the firm limit.
+        front = fronts.first() if fronts else None
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
-            return ()
-        if not fronts:
+            # What its senders would take is what it waits for.
+            return (front,) if front is not None and fronts[front] == READY else ()
+        if front is None:
             return () if own is None else (own,)
-        front = fronts.first()
-        assert front is not None
         if self._over_firm(front, stock, self._amount(front, stock)):
             return () if own is None else (own,)
         if own is None:
@@ -1065,7 +1082,7 @@ class Ledger(Pool):
                     continue
                 self.waiters.bar(front)
                 self._stir_all(front)
-                pools += self._stirred  # it is a barrier in all that it draws on
+                pools += (self, *self._stirred)  # it is a barrier in all that it draws on
                 self._place(front.account)
             pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 

@@ -559,7 +559,7 @@ class Ledger(Pool):
 
     def _over_firm(self, request: Request, stock: Stock, amount: int) -> bool:
         """Whether it waits for its own component to give something back."""
-        if request.kind is Kind.ENTER:
+        if request.kind is Kind.ENTER or (request.also and not amount):
             return False
         left = stock.firm_limit - stock.in_flight
         if request.sender is None:

@@ -982,14 +982,14 @@ class Ledger(Pool):
                 stock.unrank(request)
         for first in firsts:
             amount = self._amount(first, stock)
-            threshold = READY
-            if lacking is not None and lacking[0] is first:
-                pool = lacking[1]
-                threshold = self._threshold(first, stock, amount, pool)
-            else:
-                for pool in stock.pools:
-                    threshold = self._threshold(first, stock, amount, pool)
-                    if threshold != READY and threshold > pool.free:
+            known = lacking[1] if lacking is not None and lacking[0] is first else None
+            pool = known or ranked.get(first) or stock.pools[-1]
+            threshold = self._threshold(first, stock, amount, pool)
+            if known is None and len(stock.pools) > 1:
+                for other in stock.pools:
+                    needed = self._threshold(first, stock, amount, other)
+                    if needed != READY and needed > other.free:
+                        pool, threshold = other, needed
                         break
             if ranked.get(first) is not pool:
                 stock.unrank(first)

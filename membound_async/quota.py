@@ -235,11 +235,7 @@ class Ledger(Pool):
         now = (granted if granted > account.live else account.live) - account.reserved
         if draw > 0:
             free = self.free
-            if (
-                self._closed
-                or self._p is None
-                or self._q * (held + draw) > self._p * (free + held)
-            ):
+            if self._closed or self._p is None or self._q * (held + draw) > self._p * (free + held):
                 return False
             self.free = free = free + held - in_flight - (now if now > 0 else 0)
             if free < self._lowest_free:
@@ -595,7 +591,9 @@ class Ledger(Pool):
                 threshold = self._threshold(request, stock, amount, pool)
                 if threshold == READY or pool is but_for:
                     continue
-                if threshold > pool.free or (pool._closed and self._bars(pool, request, stock, amount)):
+                if threshold > pool.free or (
+                    pool._closed and self._bars(pool, request, stock, amount)
+                ):
                     return stock, pool
         return None
 
@@ -975,8 +973,7 @@ class Ledger(Pool):
             stock: where they wait.
             lacking: one of them and the pool that it lacks, if that is known.
         """
-        firsts = self._firsts(stock) if stock.pools else ()
-        ranked = stock.ranked
+        firsts, ranked = self._firsts(stock), stock.ranked
         for request in [*ranked]:
             if request not in firsts:
                 stock.unrank(request)
@@ -1004,8 +1001,11 @@ class Ledger(Pool):
         Whose next of its own line needs less than another for as much, as it enters or takes
         over what is held already, has it ranked beside the first of its senders'.
         """
-        own, fronts = stock.own, stock.fronts
-        front = fronts.first() if fronts else None
+        own = stock.own
+        fronts: Mapping[Request, int] = stock.fronts or {}
+        front = stock.fronts.first() if stock.fronts else None
+        if not stock.pools:
+            return ()
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
             # What its senders would take is what it waits for.
             return (front,) if front is not None and fronts[front] == READY else ()
@@ -1037,7 +1037,8 @@ class Ledger(Pool):
     def _rank_senders_anew(self, stock: Stock) -> None:
         """Rank all who wait in a stock anew: the number of its senders has changed."""
         for ranking in (stock.fronts, stock.parked):
-            for front in [*(ranking or ())]:
+            assert ranking is not None
+            for front in [*ranking]:
                 ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
         self._rank(stock)
 

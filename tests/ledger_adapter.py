@@ -271,6 +271,7 @@ class LedgerAdapter:
             # The smallest R for which q*(s + c) <= p*(R + s).
             p, q, held = ledger._p, ledger._q, max(account.excess, 0)
             threshold = waiters.heads[head]
+            assert p is not None
             assert q * (held + draw) <= p * (threshold + held)
             assert q * (held + draw) > p * (threshold - 1 + held)
         assert waiters.heads[head] == threshold != READY

@@ -387,18 +387,27 @@ class Ledger(Pool):
         return source
 
     def undo(self, request: Request) -> list[Request] | tuple[()]:
-        """Take back what was charged for a request; of a transfer, charge the source again."""
-        settled = self.give_back(
-            request.account,
-            request.nbytes,
-            also=request.also,
-            sender=request.sender,
-            exclusive=request.exclusive,
-        )
-        if request.source is not None:
-            again = Request(request.source, request.nbytes, also=request.also)
-            return [*settled, *self.force(again)]
-        return settled
+        """Take back what was charged for a request; of a transfer, charge the source again.
+
+        Nobody comes in between: what is transferred is not free at any time.
+        """
+        account, source = request.account, request.source
+        if source is None:
+            return self.give_back(
+                account,
+                request.nbytes,
+                also=request.also,
+                sender=request.sender,
+                exclusive=request.exclusive,
+            )
+        for owner, sign in ((account, -1), (source, 1)):
+            for stock, amount in self._amounts(owner, request.nbytes, request.also):
+                self._add(stock, sign * amount, None)
+        self.moved += request.nbytes
+        if not self.waiters.count:
+            return ()
+        self._place(source)
+        return self._changed(account)
 
     def lift(self, barrier: Request) -> list[Request]:
         """Make a barrier an ordinary waiter again: what it waits for may be held for good.

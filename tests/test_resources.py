@@ -265,6 +265,21 @@ def test_of_many_at_the_firm_limit_each_counts_again_in_turn():
     assert all(each.state is State.WAITING for each in waiting)
 
 
+def test_a_transfer_undone_is_never_free_in_between():
+    ledger = Ledger(20, share=Fraction(1), others={"fds": 4})
+    grant = asked(ledger, "a", 10, fds=3)
+    transfer = Request(ledger.account("b"), 10, also={"fds": 3}, source=grant.account)
+    assert ledger.request(transfer) == [transfer]
+    assert ledger.undo(transfer) == ()
+    assert (grant.account.granted, transfer.account.granted, ledger.free) == (10, 0, 10)
+    again = Request(ledger.account("b"), 10, also={"fds": 3}, source=grant.account)
+    assert ledger.request_nowait(again) == []
+    waiting = asked(ledger, "c", 15)
+    assert ledger.undo(again) == []
+    assert (waiting.state, ledger.free, ledger.pools["fds"].free) == (State.WAITING, 10, 1)
+    assert ledger.give_back(grant.account, 10, also={"fds": 3}) == [waiting]
+
+
 # --- the checker must find what is wrong
 
 

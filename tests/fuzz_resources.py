@@ -471,6 +471,11 @@ class Pair:
         found = [each for each in among if each.barrier and self.pools[place].order in each.orders]
         return min(found, key=lambda each: each.arrival, default=None)
 
+    def is_first_everywhere(self, barrier: Request) -> bool:
+        """Whether it is the first barrier of all pools that it would draw on."""
+        drawn = self.world.drawn(self.waiting[barrier])
+        return all(self.first_barrier(place, self.waiting) is barrier for place in drawn)
+
     def is_parked(self, request: Request) -> bool:
         """Whether it waits for a firm limit, or behind a grow of its component that does."""
         wish = self.waiting[request]
@@ -611,7 +616,9 @@ class Pair:
         for request, wish in self.waiting.items():
             must(world.is_possible(wish), f"{wish.ticket} waits for what cannot be")
             must(
-                not request.barrier or not world.parked_at(wish) or wish.sender is not None,
+                not request.barrier
+                or not world.parked_at(wish)
+                or (wish.sender is not None and not self.is_first_everywhere(request)),
                 f"{wish.ticket} is a barrier, but waits for a firm limit",
             )
         for front in self.fronts():
@@ -633,7 +640,7 @@ class Pair:
                 bool(drawn & closed),
                 f"{wish.ticket} could go on, but waits",
             )
-            first = all(self.first_barrier(place, self.waiting) is front for place in drawn)
+            first = self.is_first_everywhere(front)
             must(not first, f"the barrier {wish.ticket} could go on, but waits")
 
     def check_numbers(self) -> None:

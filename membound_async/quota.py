@@ -1091,9 +1091,11 @@ class Ledger(Pool):
                     self._put(front)  # which stops its count
                     continue
                 self.waiters.bar(front)
-                self._stir_all(front)
-                pools += (self, *self._stirred)  # it is a barrier in all that it draws on
-                self._place(front.account)
+                if len(front.orders) > 1:  # it is a barrier in all that it draws on
+                    self._stir_all(front)
+                    pools += (self, *self._stirred)
+                if front.sender is None:
+                    self._place(front.account)
             pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 
     def _dispatch(self) -> list[Request]:

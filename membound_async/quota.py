@@ -1172,9 +1172,8 @@ class Ledger(Pool):
                     return None
             if threshold != READY and threshold > pool.free:
                 return None
-            if threshold == READY or not pool._closed:
-                if self._is_plain(first):
-                    return first
+            if (threshold == READY or not pool._closed) and self._is_plain(first):
+                return first
             lacks = self._lacks(first)
             if lacks is None:
                 return first

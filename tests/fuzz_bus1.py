@@ -83,7 +83,8 @@ class Both:
 
     def receiver(self, limits: Amounts, groups: tuple[Amounts, ...]) -> Receiver:
         random = self.random
-        minimum = random.choice((0, 0, random.randint(0, limits["bytes"] // 5)))
+        there = min([limits["bytes"], *[group.get("bytes", limits["bytes"]) for group in groups]])
+        minimum = random.choice((0, 0, random.randint(0, there // 5)))
         firm = {
             resource: random.randint(1, limits[resource]) + (minimum if resource == "bytes" else 0)
             for resource in RESOURCES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .accounts import Account, AccountUsage
 from .bounds import ComponentBounds, MemoryBounds, MemoryBoundsBuilder, UsageExpr
 from .component import Component
 from .context import current_component
@@ -25,17 +26,22 @@ from .exceptions import (
     UnknownComponent,
 )
 from .grant import MemoryGrant, grant, grant_nowait
+from .inbox import Inbox, InboxStatistics, Received
 from .limiter import MemoryLimiter, current_limiter
 from .limits import MemoryLimit
 from .pressure import PressurePolicy
 from .probes import MemoryProbe, PressureStall
 from .registry import ComponentRegistry
+from .resources import ResourceLimits
+from .rules import Polynomial
 from .settings import LimiterSettings
 from .statistics import ComponentStatistics, LimiterStatistics
 from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
 
 __all__ = [
+    "Account",
+    "AccountUsage",
     "BoundsError",
     "BoundsVerifier",
     "Component",
@@ -47,6 +53,8 @@ __all__ = [
     "GrantReleased",
     "GrantTimeout",
     "GrantTooLarge",
+    "Inbox",
+    "InboxStatistics",
     "InsufficientMinimumMemory",
     "InvalidComponentBounds",
     "InvalidLimit",
@@ -62,9 +70,12 @@ __all__ = [
     "MemoryLimiter",
     "MemoryProbe",
     "NoCurrentLimiter",
+    "Polynomial",
     "PressurePolicy",
     "PressureStall",
     "QuotaExceeded",
+    "Received",
+    "ResourceLimits",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import warnings
 from collections.abc import Coroutine, Hashable, Iterable, Mapping
@@ -137,6 +138,27 @@ class MemoryGrant(GrantState):
             raise
         self._hold(request)
         return self
+
+    def _acquire_at_once(self) -> bool:
+        """Get it if there is nothing at all to wait for, not even delay or a reading."""
+        self._begin()
+        limiter = self._component._limiter
+        if (
+            asyncio._get_running_loop() is limiter._loop_token
+            and limiter._now() < limiter._calm_until
+        ):
+            request = self._request()
+            with limiter._lock:
+                settled = limiter._ledger.request_at_once(request)
+            if settled is not None:
+                limiter._wake(settled)
+                self._hold(request)
+                return True
+        self._state = NEW
+        return False
+
+    def _is_held(self) -> bool:
+        return self._state == HELD or self._state == ALONE
 
     def _begin(self) -> bool:
         """Note that it is being asked for; False if it is held already."""
@@ -379,9 +401,9 @@ class MemoryGrant(GrantState):
         return handle
 
     def deliver(self, settle: Mapping[str, int] = NOTHING) -> None:
-        """Make what is in flight from a sender the component's own; never waits, never fails.
+        """Make what is in flight from a sender the component's own; never waits.
 
-        The sender's share is free again. Nothing is drawn from the pool for it.
+        The sender's part is free again. Nothing is drawn from the pool for it.
 
         Args:
             settle: how much there really is of resources that were charged at an upper
@@ -391,26 +413,41 @@ class MemoryGrant(GrantState):
             GrantReleased: it is not held (any more).
             ValueError: it is not in flight, is shared, or ``settle`` exceeds what it holds.
         """
-        limiter = self._changeable_by("deliver")
-        options = self._options or PLAIN
-        if options.sender is None:
+        self._changeable_by("deliver")
+        if self.sender is None:
             raise ValueError("deliver: it is not in flight")
-        for resource, amount in settle.items():
-            if not 0 <= amount <= options.also.get(resource, 0):
-                raise ValueError(
-                    f"deliver: cannot settle {amount} {resource}; it holds "
-                    f"{options.also.get(resource, 0)}"
-                )
-        left = {r: settle.get(r, amount) for r, amount in options.also.items()}
-        over = {r: amount - left[r] for r, amount in options.also.items() if amount > left[r]}
-        account = self._component._account
+        self._settle(settle)
+
+    def _settle(self, settle: Mapping[str, int]) -> None:
+        """Deliver it if it is in flight, and give back what is beyond these amounts."""
+        options = self._options or PLAIN
+        also = options.also
+        if settle:
+            kept = dict(also)
+            for resource, amount in settle.items():
+                if not 0 <= amount <= also.get(resource, 0):
+                    raise ValueError(
+                        f"deliver: cannot settle {amount} {resource}; it holds "
+                        f"{also.get(resource, 0)}"
+                    )
+                kept[resource] = amount
+            over = {name: amount - kept[name] for name, amount in also.items()}
+            left: Mapping[str, int] = {name: amount for name, amount in kept.items() if amount}
+        else:
+            over, left = NOTHING, also
+        if options.shares is not None:
+            return
+        limiter, account = self._component._limiter, self._component._account
         with limiter._lock:
             self._held_by("deliver")
-            sender = limiter._sender(account, options.sender)
-            kept = {resource: amount for resource, amount in left.items() if amount}
-            self._options = options._replace(sender=None, also=kept)
-            settled = limiter._ledger.deliver(account, self._size, options.also, sender, over)
-        limiter._wake(settled)
+            self._options = options._replace(sender=None, also=left)
+            if options.sender is None:
+                settled = limiter._ledger.give_back(account, 0, also=over)
+            else:
+                sender = limiter._ledger.sender(account, options.sender)
+                settled = limiter._ledger.deliver(account, self._size, also, sender, over)
+        if settled:
+            limiter._wake(settled)
 
     def release(self) -> None:
         """Give everything back, exactly once; from any thread, without waiting.

@@ -295,6 +295,23 @@ class Ledger(Pool):
             raise error
         return self.force(request)
 
+    def request_at_once(self, request: Request) -> list[Request] | None:
+        """Admit a request if nobody is ahead, it fits, and no reading is due, else do nothing.
+
+        Returns:
+            As ``request_nowait``; None if ``request`` must decide.
+        """
+        account, sender = request.account, request.sender
+        line = account.queue if sender is None else sender.line
+        if (
+            line
+            or self.moved + request.nbytes > self.look_at
+            or self.measured >= self.limit
+            or self._lacks(request) is not None
+        ):
+            return None
+        return self.force(request)
+
     def force(self, request: Request) -> list[Request]:
         """Charge a request whatever the rules say of it; give others that are settled by it."""
         self._charge(request)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 
+from membound_async.charges import Charge, available_to, check_count, measure
 from membound_async.eventloop import EventLoop, Handle, running_loop
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.grant import MemoryGrant, Options
 from membound_async.sizes import MAX_BYTES, parse_size, size_of
 
-from .charges import Charge, available_to, check_count, measure
 from .items import NOTHING, OneConsumer, close
 from .memory import MemoryReceiveStream
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import anyio
 
+from membound_async.charges import Charge, measure
 from membound_async.context import current_component
 from membound_async.grant import MemoryGrant, find_component
 from membound_async.sizes import parse_size, size_of
 
-from .charges import Charge, measure
 from .memory import MemoryReceiveStream
 
 if TYPE_CHECKING:

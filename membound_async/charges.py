@@ -1,4 +1,4 @@
-"""What streams and iterators hold for the items that are theirs just now."""
+"""What inboxes, streams and iterators hold for the items that are theirs just now."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from membound_async.grant import MemoryGrant
-from membound_async.sizes import MAX_BYTES, parse_size
+from .grant import MemoryGrant
+from .sizes import MAX_BYTES, parse_size
 
 if TYPE_CHECKING:
-    from membound_async.component import Component
+    from .component import Component
 
 __all__ = ["Charge", "available_to", "check_count", "measure"]
 

@@ -140,20 +140,32 @@ class MemoryGrant(GrantState):
         return self
 
     def _acquire_at_once(self) -> bool:
-        """Get it if there is nothing at all to wait for, not even delay or a reading."""
+        """Get it if there is nothing to wait for, not even delay; right after a checkpoint."""
         self._begin()
         limiter = self._component._limiter
-        if (
-            asyncio._get_running_loop() is limiter._loop_token
-            and limiter._now() < limiter._calm_until
-        ):
-            request = self._request()
-            with limiter._lock:
-                settled = limiter._ledger.request_at_once(request)
-            if settled is not None:
-                limiter._wake(settled)
-                self._hold(request)
-                return True
+        if asyncio._get_running_loop() is limiter._loop_token:
+            now = limiter._now()
+            if now >= limiter._yield_at:
+                limiter._has_yielded(now)
+            if now < limiter._calm_until:
+                options, settled = self._options or PLAIN, None
+                with limiter._lock:
+                    ledger, account = limiter._ledger, self._component._account
+                    if (
+                        options.sender is not None
+                        and not options.also
+                        and ledger.admit_sent(account, options.sender, self._wanted)
+                    ):
+                        settled = ()
+                    else:
+                        settled = ledger.request_at_once(self._request())
+                    if settled is not None:
+                        self._since, self._size, self._state = now, self._wanted, HELD
+                        limiter._grants.add(self)
+                if settled is not None:
+                    if settled:
+                        limiter._wake(settled)
+                    return True
         self._state = NEW
         return False
 
@@ -421,6 +433,8 @@ class MemoryGrant(GrantState):
     def _settle(self, settle: Mapping[str, int]) -> None:
         """Deliver it if it is in flight, and give back what is beyond these amounts."""
         options = self._options or PLAIN
+        if options.shares is not None:
+            return
         also = options.also
         if settle:
             kept = dict(also)
@@ -435,11 +449,14 @@ class MemoryGrant(GrantState):
             left: Mapping[str, int] = {name: amount for name, amount in kept.items() if amount}
         else:
             over, left = NOTHING, also
-        if options.shares is not None:
+        if options.sender is None and not also:
             return
         limiter, account = self._component._limiter, self._component._account
         with limiter._lock:
             self._held_by("deliver")
+            if not also and limiter._ledger.deliver_at_once(account, options.sender, self._size):
+                self._options = None
+                return
             self._options = options._replace(sender=None, also=left)
             if options.sender is None:
                 settled = limiter._ledger.give_back(account, 0, also=over)
@@ -480,7 +497,10 @@ class MemoryGrant(GrantState):
                 transfer = changing is not None and changing.source is not None
                 if transfer:
                     account = limiter._ledger.end_transfer(changing)
-                settled = limiter._let_go_of(account, size, state == ALONE, self._options)
+                if self._options is None:
+                    settled = limiter._ledger.give_back(account, size, exclusive=state == ALONE)
+                else:
+                    settled = limiter._let_go_of(account, size, state == ALONE, self._options)
                 if transfer:
                     settled = [*settled, changing]
             if settled:

@@ -18,15 +18,13 @@ import anyio.abc
 import anyio.lowlevel
 
 from .charges import Charge, check_count, measure
+from .component import Component
 from .context import current_component
 from .exceptions import QuotaExceeded
 from .grant import MemoryGrant, Options, check_amounts, find_component
 from .limiter import current_limiter
 from .sizes import size_of
 from .waiters import NOTHING
-
-if TYPE_CHECKING:
-    from .component import Component
 
 __all__ = ["Inbox", "InboxStatistics", "Received"]
 
@@ -226,7 +224,9 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             anyio.BrokenResourceError: the inbox is closed, or was closed meanwhile.
         """
         await anyio.lowlevel.checkpoint()
-        await self._send(self, message, self._charge(message, sender, bytes, grant, also))
+        charge = self._charge(message, sender, bytes, grant, also)
+        if not self._send_at_once(message, charge):
+            await self._send(self, message, charge)
 
     def send_nowait(
         self,
@@ -281,22 +281,22 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             if grant.size == 0 and grant.released:
                 raise ValueError(f"{grant!r} cannot be handed on; it is released")
             return grant
-        component = self._receiver()
-        limiter = component._limiter
+        component = self._component
+        if component is None or component._limiter is None:
+            component = self._receiver()
         if sender is None:
             running = current_component()
             sender = None if running is None else running.path
-        elif hasattr(sender, "_limiter"):
+        elif isinstance(sender, Component):
             sender = sender.path
         if sender == component.path:
             sender = None
         if nbytes is None:
             nbytes = measure(self._size, message)
-        if also or limiter._ledger.knows(component._account, "slices"):
-            if limiter._ledger.knows(component._account, "slices"):
-                also = {"slices": 1, **also}
-            also = check_amounts(component, also)
-        return Charge(component, nbytes, Options(also=also or NOTHING, sender=sender))
+        slices = component._limiter._ledger.knows(component._account, "slices")
+        if also or slices:
+            also = check_amounts(component, {"slices": 1, **also} if slices else also)
+        return Charge(component, nbytes, Options(None, None, False, also or NOTHING, sender))
 
     def _receiver(self) -> Component:
         component = self._component
@@ -307,11 +307,19 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
                 self._component = component
         return component._resolve()
 
+    def _send_at_once(self, message: T, charge: MemoryGrant) -> bool:
+        """Send a message if there is nothing at all to wait for."""
+        if self._closed:
+            raise anyio.BrokenResourceError
+        if self._admit_at_once(charge):
+            self._put(message, charge)
+            return True
+        return False
+
     async def _send(self, end: object, message: T, charge: MemoryGrant) -> None:
-        self._check_open()
+        """Send a message for which something may have to be waited for or to give way."""
         if self._overflow == "wait":
-            if not self._admit_at_once(charge):
-                await self._wait_to_send(end, charge)
+            await self._wait_to_send(end, charge)
         else:
             while True:
                 try:
@@ -405,12 +413,12 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
     def _put(self, message: T, charge: MemoryGrant) -> None:
         """Give a message to who has waited longest, else keep it."""
-        received = Received(message, charge.sender, charge)
-        receiving = next(iter(self._receiving), None)
-        if receiving is None:
-            self._buffer.append(received)
+        options = charge._options
+        received = Received(message, None if options is None else options.sender, charge)
+        if self._receiving:
+            self._hand_over(next(iter(self._receiving)), received)
         else:
-            self._hand_over(receiving, received)
+            self._buffer.append(received)
 
     # --- receiving
 
@@ -424,6 +432,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             anyio.EndOfStream: nothing is left, and all send streams are closed.
         """
         await anyio.lowlevel.checkpoint()
+        if self._buffer and not self._closed:
+            return self._deliver(self._buffer.popleft())
         received = await self._take(self)
         assert received is not None
         return received
@@ -473,9 +483,10 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         grant = received.grant
         if self._places is not None:
             self._places.release()
-        also = grant.also
-        if grant.sender is not None or also:
-            settle: dict[str, int] = {}
+        options = grant._options
+        if options is not None:
+            also = options.also
+            settle: Mapping[str, int] = NOTHING
             if also:
                 settle = {each: 0 for each in self._in_flight_only if each in also}
                 if self._settle is not None:

@@ -34,7 +34,7 @@ from .exceptions import (
 )
 from .fastpath import ALONE, NEW, Holders, LimiterState
 from .gauge import Gauge
-from .grant import MemoryGrant, Options, make_grant
+from .grant import PLAIN, MemoryGrant, Options, make_grant
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
@@ -55,7 +55,7 @@ from .settings import (
 )
 from .sizes import MAX_BYTES, format_size
 from .stalls import StallWatch, describe_stall
-from .statistics import ComponentStatistics, LimiterStatistics
+from .statistics import ComponentStatistics, LimiterStatistics, ResourceStatistics
 from .stocks import BYTES, NO_LIMIT, Account, Sender
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import NOTHING, Kind, Request, State
@@ -270,6 +270,11 @@ class MemoryLimiter(LimiterState):
                 would_refuse=sum(self._rehearsal.refusals.values()),
                 tracking=self._live.tracking(),
                 pressure_stall=None if self.is_noop else read_pressure(self._pressure_path),
+                resources={
+                    name: ResourceStatistics(limit=pool.limit, free=pool.free)
+                    for name, pool in ledger.pools.items()
+                    if name != BYTES
+                },
                 components=tuple(
                     self._describe(ledger.accounts[path], held, would_wait_seconds)
                     for path in sorted(self._components)
@@ -507,9 +512,9 @@ class MemoryLimiter(LimiterState):
         self._let_go()
         self._drain()
         leaked = {
-            account.name: account.granted
+            account.name: account.granted + account.in_flight
             for account in self._ledger.accounts.values()
-            if account.granted
+            if account.granted or account.in_flight
         }
         if leaked:
             log().warning("membound.grants_leaked", granted_bytes=leaked)
@@ -825,8 +830,7 @@ class MemoryLimiter(LimiterState):
         self, account: Account, nbytes: int, exclusive: bool, options: Options | None
     ) -> Iterable[Request]:
         """Give back what a grant held, if it is the last handle of that; with the lock held."""
-        if options is None:
-            return self._ledger.give_back(account, nbytes, exclusive=exclusive)
+        options = options or PLAIN
         if options.shares is not None:
             options.shares.count -= 1
             if options.shares.count:
@@ -1026,7 +1030,7 @@ class MemoryLimiter(LimiterState):
     def _describe(
         self, account: Account, held: Counter[Account], would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
-        waiting = list(account.queue) if account.queue is not None else []
+        waiting = list(account.waiting())
         peak_live, peak_overdraft = self._live.peaks(account.name)
         return ComponentStatistics(
             path=account.name,
@@ -1034,6 +1038,11 @@ class MemoryLimiter(LimiterState):
             firm_limit_bytes=None if account.firm_limit == NO_LIMIT else account.firm_limit,
             entered=account.entries,
             granted_bytes=account.granted,
+            in_flight_bytes=account.in_flight,
+            senders=account.senders,
+            resources={
+                name: stock.granted + stock.in_flight for name, stock in account.others.items()
+            },
             live_bytes=account.live,
             peak_live_bytes=peak_live,
             overdraft_bytes=max(0, account.live - max(account.granted, account.reserved)),

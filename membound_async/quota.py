@@ -252,6 +252,67 @@ class Ledger(Pool):
         self.moved = moved
         return True
 
+    def admit_sent(self, account: Account, name: Hashable, nbytes: int) -> bool:
+        """Charge bytes in flight from a sender, as ``admit`` does for the account itself."""
+        moved = self.moved + nbytes
+        p = self._p
+        if (
+            self.waiters.count
+            or moved > self.look_at
+            or account.firm_limit != NO_LIMIT
+            or account.grouped
+            or self._closed
+            or p is None
+            or not nbytes
+            or self.measured >= self.limit
+        ):
+            return False
+        sender = account.by_sender.get(name)
+        mine = 0 if sender is None else sender.held.get(account, 0)
+        in_flight, excess, free, q = account.in_flight, account.excess, self.free, self._q
+        held = excess + in_flight if excess > 0 else in_flight
+        if q * (q * nbytes + (q - p) * mine) + p * (q - p) * held > p * p * free:
+            return False
+        if sender is None:
+            sender = account.by_sender[name] = Sender(name)
+        if not mine:
+            account.senders += 1
+        sender.held[account] = mine + nbytes
+        account.in_flight = in_flight + nbytes
+        self.free = free = free - nbytes
+        if free < self._lowest_free:
+            self._lowest_free = free
+        if self._tracked:
+            self._holders[account] = None
+        account.admissions += 1
+        self.moved = moved
+        return True
+
+    def deliver_at_once(self, account: Account, name: Hashable, nbytes: int) -> bool:
+        """Do as ``deliver``, of bytes, if nobody waits; else do nothing and give False."""
+        if self.waiters.count or account.grouped or self._p is None or not nbytes:
+            return False
+        sender = account.by_sender[name]
+        left = sender.held[account] - nbytes
+        assert left >= 0, "more delivered than in flight"
+        if left:
+            sender.held[account] = left
+        else:
+            del sender.held[account]
+            account.senders -= 1
+            if not sender.held:
+                del account.by_sender[name]
+        account.in_flight -= nbytes
+        account.granted = granted = account.granted + nbytes
+        if granted > account.peak:
+            account.peak = granted
+        excess = account.excess
+        account.excess = now = (
+            granted if granted > account.live else account.live
+        ) - account.reserved
+        self.free += nbytes + (excess if excess > 0 else 0) - (now if now > 0 else 0)
+        return True
+
     def request(self, request: Request) -> list[Request]:
         """Ask in order: it is settled at once, or waits.
 
@@ -864,8 +925,7 @@ class Ledger(Pool):
         dropped = [
             request
             for account in accounts
-            for line in (account.queue or (), *(each.line for each in account.by_sender.values()))
-            for request in line
+            for request in account.waiting()
             if self.refusal(request) is not None
         ]
         dropped.sort(key=lambda request: request.arrival)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .live import Tracking
     from .probes import PressureStall
 
-__all__ = ["ComponentStatistics", "LimiterStatistics"]
+__all__ = ["ComponentStatistics", "LimiterStatistics", "ResourceStatistics"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,11 @@ class ComponentStatistics:
     entered: int
     #: granted now
     granted_bytes: int
+    #: in flight to it now, on behalf of how many senders
+    in_flight_bytes: int
+    senders: int
+    #: what it has of other resources, in flight included
+    resources: dict[str, int]
     #: what its code has allocated since the baseline was measured and not freed yet; 0 where
     #: that is not tracked
     live_bytes: int
@@ -36,7 +41,7 @@ class ComponentStatistics:
     peak_overdraft_bytes: int
     #: the most that was granted at one time
     peak_granted_bytes: int
-    #: grants that are held now
+    #: grants that are held now, those in flight to it included
     grants: int
     #: requests that wait now, and what they want together
     waiting: int
@@ -53,6 +58,16 @@ class ComponentStatistics:
     would_wait: int
     would_wait_seconds: float
     would_refuse: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceStatistics:
+    """What there is of one resource besides bytes, at one moment."""
+
+    #: how much of it there is
+    limit: int
+    #: how much of it is left to divide; negative if more is out than there is
+    free: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +112,8 @@ class LimiterStatistics:
     tracking: Tracking
     #: what the kernel says of stalls for want of memory; None where it says nothing
     pressure_stall: PressureStall | None
+    #: the other resources that it limits
+    resources: dict[str, ResourceStatistics]
     #: every component, in the order of their paths
     components: tuple[ComponentStatistics, ...]
 

@@ -480,6 +480,7 @@ async def test_a_stall_is_reported_once_and_so_is_its_end(logs: list[Any]) -> No
             {
                 "component": "sink",
                 "granted_bytes": 500,
+                "in_flight_bytes": 0,
                 "reserved_bytes": 0,
                 "oldest_seconds": pytest.approx(10, 0.05),
             }

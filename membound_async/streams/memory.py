@@ -98,7 +98,9 @@ class MemorySendStream(_End, anyio.abc.ObjectSendStream[T]):
         await anyio.lowlevel.checkpoint()
         inbox = self._inbox
         inbox._check_end(self)
-        await inbox._send(self, item, inbox._charge(item, self._sender, None, None, {}))
+        charge = inbox._charge(item, self._sender, None, None, {})
+        if not inbox._send_at_once(item, charge):
+            await inbox._send(self, item, charge)
 
     def send_nowait(self, item: T) -> None:
         """Send an item if the receiving component may have its bytes now.

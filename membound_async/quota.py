@@ -654,18 +654,20 @@ class Ledger(Pool):
         self, request: Request, *, but_for: Pool | None = None
     ) -> tuple[Stock, Pool | None] | None:
         """Say what keeps a request out: a stock's firm limit or a pool; None if nothing does."""
-        for stock, amount in self._demands(request):
+        demands = self._demands(request)
+        for stock, amount in demands:
             if self._over_firm(request, stock, amount):
                 return stock, None
+        for stock, amount in demands:
             for pool in stock.pools:
                 threshold = self._threshold(request, stock, amount, pool)
                 if threshold == READY or pool is but_for:
                     continue
-                if threshold > pool.free or (pool._closed and self._bars(pool, request, amount)):
+                if threshold > pool.free or (pool._closed and self._bars(pool, request, stock, amount)):
                     return stock, pool
         return None
 
-    def _bars(self, pool: Pool, request: Request, amount: int) -> bool:
+    def _bars(self, pool: Pool, request: Request, stock: Stock, amount: int) -> bool:
         """Whether somebody goes before a request in a closed pool.
 
         A barrier, unless it has there what it needs and will have it still.
@@ -677,9 +679,13 @@ class Ledger(Pool):
             return False
         if barrier.account is request.account:
             return True
-        for stock, wanted in self._demands(barrier):
-            if pool in stock.pools:
-                return self._threshold(barrier, stock, wanted, pool) > pool.free - amount
+        arrives = self.rule.depends_on_consumers and stock.held <= 0
+        for theirs, wanted in self._demands(barrier):
+            if pool in theirs.pools:
+                pool.consumers += arrives  # as it will be
+                threshold = self._threshold(barrier, theirs, wanted, pool)
+                pool.consumers -= arrives
+                return threshold > pool.free - amount
         return False
 
     def _obstacle(self, request: Request) -> QuotaExceeded | None:
@@ -803,6 +809,8 @@ class Ledger(Pool):
             sender.held[stock] = now
         stock.senders += bool(now) - bool(before)
         self._update(stock, stock.granted, stock.reserved, stock.live, stock.in_flight + amount)
+        if self.rule.depends_on_consumers and bool(now) != bool(before) and stock.fronts:
+            self._rank_senders_anew(stock)
         by_sender = stock.account.by_sender
         if now:
             by_sender.setdefault(sender.name, sender)
@@ -947,6 +955,8 @@ class Ledger(Pool):
         if account.by_sender:
             for stock in account.stocks():
                 self._rank(stock)
+                if stock.parked:
+                    self._look_at_parked(stock)
         for request in account.incoming:
             if request.stock is not None:
                 self._rank(request.stock)
@@ -978,8 +988,26 @@ class Ledger(Pool):
         else:
             if stock.fronts is None:
                 stock.fronts = Ranking()
-            stock.fronts.put(front, self._inner(front, stock, self._amount(front, stock)))
+                stock.parked = Ranking()
+            needed = self._inner(front, stock, self._amount(front, stock))
+            stock.fronts.put(front, needed)
+            assert stock.parked is not None
+            if parked:
+                stock.parked.put(front, needed)
+            else:
+                stock.parked.discard(front)
         self._rank(stock)
+
+    def _look_at_parked(self, stock: Stock) -> None:
+        """Have the first of the senders' requests at the firm limit count again, if it fits.
+
+        One at a time, so that this costs the same however many they are.
+        """
+        assert stock.parked is not None
+        front = stock.parked.first()
+        assert front is not None
+        if not self._over_firm(front, stock, self._amount(front, stock)):
+            self._put(front)
 
     def _rank(self, stock: Stock, pool: Pool | None = None) -> None:
         """Rank the first who waits in a stock among those of a pool that it lacks.
@@ -1038,6 +1066,13 @@ class Ledger(Pool):
             if request.stock is not None:
                 self._rank(request.stock)
 
+    def _rank_senders_anew(self, stock: Stock) -> None:
+        """Rank all who wait in a stock anew: the number of its senders has changed."""
+        for ranking in (stock.fronts, stock.parked):
+            for front in [*(ranking or ())]:
+                ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
+        self._rank(stock)
+
     def _head_of_two(self, queue: Queue) -> Request:
         """Choose between a waiting grow and a request; the other is not ranked, but may count."""
         waiters = self.waiters
@@ -1069,14 +1104,17 @@ class Ledger(Pool):
 
     def _bar_overdue(self) -> None:
         """Make barriers of the fronts that too much was granted past."""
-        for pool in (self, *self._stirred):
+        pools = [self, *self._stirred]
+        for pool in pools:
             order = pool.order
             least = order.passed - (self.bypass_limit if pool is self else pool.limit)
             while (front := order.counting.first()) is not None and order.counting[front] < least:
                 if front.sender is not None and self._is_parked(front):
-                    self.waiters.stop_counting(front)
+                    self._put(front)  # which stops its count
                     continue
                 self.waiters.bar(front)
+                self._stir_all(front)
+                pools += self._stirred  # it is a barrier in all that it draws on
                 self._place(front.account)
             pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 
@@ -1128,12 +1166,13 @@ class Ledger(Pool):
         if self._closed:
             first = self._first_when_closed()
         else:
-            pooled = self._pool_is_held()
-            first = waiters.growing.first() if pooled else waiters.heads.first_that(self._fits)
+            is_held = self._pool_is_held()
+            first = waiters.growing.first() if is_held else waiters.heads.first_that(self._fits)
         if first is None or not self._fits(first):
             return None
         account = first.account
-        is_only = account.granted - account.reserved <= first.held
+        pooled = max(0, account.granted - account.reserved) + account.in_flight
+        is_only = pooled <= first.held
         return (first, False) if is_only and not self._pool_is_held(but_for=account) else None
 
     def _next_in(self, pool: Pool) -> Request | None:

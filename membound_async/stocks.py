@@ -62,6 +62,7 @@ class Stock(AccountState):
         senders: how many senders have any.
         own: who is next of the component's own line, if that waits here.
         fronts: who is next of the senders' lines, those that wait here; by what each needs.
+        parked: those of them that wait for the firm limit, and count nothing; likewise.
         ranked: the first of all these, if it waits for a pool.
         ranked_in: for which one.
     """
@@ -70,6 +71,7 @@ class Stock(AccountState):
         "account",
         "fronts",
         "own",
+        "parked",
         "pools",
         "ranked",
         "ranked_in",
@@ -94,6 +96,7 @@ class Stock(AccountState):
         self.queue = None
         self.own: Request | None = None
         self.fronts: Ranking | None = None
+        self.parked: Ranking | None = None
         self.ranked: Request | None = None
         self.ranked_in: Pool | None = None
 
@@ -108,6 +111,8 @@ class Stock(AccountState):
             self.own = None
         elif self.fronts is not None:
             self.fronts.discard(request)
+            if self.parked:
+                self.parked.discard(request)
         if self.ranked is request:
             self.unrank()
         request.stock = None

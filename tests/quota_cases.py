@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-__all__ = ["HALF_CASES", "Case"]
+from membound_async.rules import Polynomial, Rule
+
+__all__ = ["CASES", "DESIGN", "OURS", "Case"]
 
 HERE = Path(__file__).parent
 
@@ -19,7 +21,7 @@ class Case(NamedTuple):
     """What happens in one case: requests that are admitted or refused at once, and releases."""
 
     limit_bytes: int
-    share: Fraction
+    rule: Fraction | Rule
     operations: list[tuple[str, str, int, bool]]
     """``request`` or ``release``, the component, bytes, and whether it is admitted."""
 
@@ -29,7 +31,7 @@ def _read(path: Path) -> list[Any]:
         pytest.param(
             Case(
                 case["limit"],
-                Fraction(*case["share"]),
+                Fraction(*case["share"]) if case["rule"] == "half" else Polynomial(),
                 [
                     (what, name, nbytes, end == ["admit"])
                     for what, name, nbytes, *end in case["ops"]
@@ -38,12 +40,11 @@ def _read(path: Path) -> list[Any]:
             id=f"{path.parent.parent.name}: {case['name']}",
         )
         for case in json.loads(path.read_text())
-        if case["rule"] == "half"
     ]
 
 
 OURS = HERE / "vectors" / "quota.json"
 DESIGN = Path(os.environ.get("VECTORS", HERE.parents[1] / "shared" / "vectors")) / "quota.json"
 
-HALF_CASES = [case for path in (OURS, DESIGN) if path.exists() for case in _read(path)]
-"""The cases of the rule "half of what nobody else has": our copy, and the design's own."""
+CASES = [case for path in (OURS, DESIGN) if path.exists() for case in _read(path)]
+"""The cases of both rules: our copy, and the design's own."""

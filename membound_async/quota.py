@@ -38,7 +38,7 @@ among all components.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from .exceptions import GrantTooLarge, QuotaExceeded
@@ -97,6 +97,7 @@ class Ledger(Pool):
             self.pools[resource] = Pool(resource, amount, Order())
         self.accounts: dict[str, Account] = {}
         self._unit = self.rule.unit
+        self._idle_part = self.rule.part(1)
         # Where the part depends on others, the fast path leaves the decision to request().
         p, q = self.rule.part(0)
         self._p, self._q = None if self.rule.depends_on_consumers else p, q
@@ -204,7 +205,7 @@ class Ledger(Pool):
 
     def most(self, account: Account, sender: Sender | None = None) -> int:
         """The most bytes that it could have in one grant if nobody else had anything."""
-        return self._most(account, sender)[0]
+        return self._most(account, sender)
 
     def most_alone(self, account: Account) -> int:
         """The most that one grant could have with the pool to itself."""
@@ -498,16 +499,19 @@ class Ledger(Pool):
         for stock, amount in self._amounts(account, request.nbytes, request.also):
             if stock is account:
                 amount += request.held
-            most, reason = self._most(stock, request.sender)
-            if amount > most and stock is account and request.alone:
+            most = self._most(stock, request.sender)
+            if amount <= most:
+                continue
+            alone = 0
+            if request.alone and stock is account:
                 alone = self.most_alone(account)
-                if alone > most and alone != account.firm_limit:
-                    reason = "limit less baseline and the others' minimums"
-                elif alone == account.firm_limit:
-                    reason = "its firm limit"
-                most = max(most, alone)
-            if amount > most:
-                return GrantTooLarge(name, amount, most, reason, stock.resource)
+                if amount <= alone:
+                    continue
+            reason = self._bound(stock, request.sender, most)
+            if alone > most:
+                is_firm = alone == account.firm_limit
+                reason = "its firm limit" if is_firm else "limit less baseline and the others' minimums"
+            return GrantTooLarge(name, amount, max(most, alone), reason, stock.resource)
         return None
 
     # --- the world
@@ -569,14 +573,14 @@ class Ledger(Pool):
 
     def _amounts(
         self, account: Account, nbytes: int, also: Mapping[str, int]
-    ) -> list[tuple[Stock, int]]:
+    ) -> Sequence[tuple[Stock, int]]:
         """Give the stocks that it concerns, bytes first, and how much of each."""
-        amounts: list[tuple[Stock, int]] = [(account, nbytes)]
-        for resource, amount in also.items():
-            amounts.append((self._stock(account, resource), amount))
-        return amounts
+        if not also:
+            return ((account, nbytes),)
+        others = [(self._stock(account, name), amount) for name, amount in also.items()]
+        return [(account, nbytes), *others]
 
-    def _demands(self, request: Request) -> list[tuple[Stock, int]]:
+    def _demands(self, request: Request) -> Sequence[tuple[Stock, int]]:
         """Give what a request would charge."""
         account = request.account
         if request.kind is Kind.ENTER:
@@ -603,11 +607,12 @@ class Ledger(Pool):
         x = self._inner(request, stock, amount)
         if x == READY:
             return READY
-        unit = self._unit
+        unit, held = self._unit, stock.in_flight
         if request.kind is Kind.ENTER:
             return x // unit
-        held = stock.held
-        p, q = self._part(stock, pool)
+        if stock.excess > 0:
+            held += stock.excess
+        p, q = self._part(stock, pool) if self._p is None else (self._p, self._q)
         threshold = -((-q * x - unit * (q - p) * held) // (unit * p))
         return threshold if request.source is None else threshold - self._credit(request, pool)
 
@@ -747,24 +752,31 @@ class Ledger(Pool):
     def _capacity(self, pool: Pool) -> int:
         return self.limit - self.baseline if pool is self else pool.limit
 
-    def _most(self, stock: Stock, sender: Sender | None) -> tuple[int, str]:
-        """How much of a stock could be had of an idle limiter, and what bounds that."""
-        reserved, firm = stock.reserved, stock.firm_limit
-        p, q = self.rule.part(1)
-        bounds: list[tuple[int, str]] = []
+    def _most(self, stock: Stock, sender: Sender | None) -> int:
+        """How much of a stock could be had at once of an idle limiter."""
+        p, q = self._idle_part
+        reserved, most = stock.reserved, stock.firm_limit
+        if sender is not None and most != NO_LIMIT:
+            most = p * (most - reserved) // q
         for pool in stock.pools:
-            most = max(0, p * (self._capacity(pool) - reserved) // q)
-            what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
-            if sender is None:
-                bounds.append((reserved + most, f"{self.rule} of {what}"))
-            else:
-                most = max(0, p * p * (self._capacity(pool) - reserved) // (q * q))
-                bounds.append((most, f"a sender's part of {self.rule} of {what}"))
+            most = min(most, self._most_of(pool, reserved, sender))
+        return most
+
+    def _most_of(self, pool: Pool, reserved: int, sender: Sender | None) -> int:
+        p, q = self._idle_part
+        left = self._capacity(pool) - reserved
         if sender is None:
-            bounds.insert(0, (firm, "its firm limit"))
-        elif firm != NO_LIMIT:
-            bounds.insert(0, (p * (firm - reserved) // q, "a sender's part of its firm limit"))
-        return min(bounds, key=lambda bound: bound[0], default=(NO_LIMIT, ""))
+            return reserved + max(0, p * left // q)
+        return max(0, p * p * left // (q * q))
+
+    def _bound(self, stock: Stock, sender: Sender | None, most: int) -> str:
+        """Say what bounds how much of a stock could be had."""
+        part = "" if sender is None else "a sender's part of "
+        for pool in stock.pools:
+            if self._most_of(pool, stock.reserved, sender) == most != stock.firm_limit:
+                what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
+                return f"{part}{self.rule} of {what}"
+        return f"{part}its firm limit"
 
     # --- what changes
 
@@ -827,21 +839,23 @@ class Ledger(Pool):
         """Set what is charged; everything that is derived from it follows."""
         if in_flight is None:
             in_flight = stock.in_flight
-        before, held = stock.reserved + stock.held, stock.held
+        excess = stock.excess
+        held = (excess if excess > 0 else 0) + stock.in_flight
+        excess = (granted if granted > live else live) - reserved
+        now = (excess if excess > 0 else 0) + in_flight
+        more = reserved + now - stock.reserved - held
         if stock.resource == BYTES:
             self._reserved += reserved - stock.reserved
             if granted > reserved or in_flight:
                 self._holders[stock.account] = None
         stock.granted, stock.reserved, stock.live = granted, reserved, live
-        stock.in_flight = in_flight
-        stock.excess = max(granted, live) - reserved
-        more = reserved + stock.held - before
-        consumers = bool(stock.held) - bool(held)
+        stock.in_flight, stock.excess = in_flight, excess
         for pool in stock.pools:
             pool.free -= more
-            pool._lowest_free = min(pool._lowest_free, pool.free)
-            if consumers and self.rule.depends_on_consumers:
-                pool.consumers += consumers
+            if pool.free < pool._lowest_free:
+                pool._lowest_free = pool.free
+            if self._p is None and bool(now) != bool(held):
+                pool.consumers += bool(now) - bool(held)
                 self._rank_anew(pool)
             if pool is not self and self.waiters.count:
                 self._stirred[pool] = None
@@ -870,9 +884,10 @@ class Ledger(Pool):
                     self._add(stock, -amount, None)
             for stock, amount in self._amounts(account, request.nbytes, request.also):
                 self._add(stock, amount, sender)
-                if self.waiters.count and stock is not account:
+                if stock is not account and self.waiters.count:
                     self._pass(stock, amount)
-            account.peak = max(account.peak, account.granted)
+            if account.granted > account.peak:
+                account.peak = account.granted
             account.admissions += 1
             self.moved += request.nbytes
         request.pooled = draw > 0
@@ -964,10 +979,19 @@ class Ledger(Pool):
     def _put(self, front: Request) -> None:
         """Have the next of a line wait for what it lacks first, and count what passes it."""
         account = front.account
-        plain = front.sender is None and not front.also
-        if plain:  # which it does in any case
-            stock: Stock = account
-            parked = self._over_firm(front, account, front.nbytes)
+        if front.sender is None and not front.also:
+            stock: Stock = account  # in any case
+            amount = self._amount(front, account)
+            parked = self._over_firm(front, account, amount)
+            if not account.by_sender and not account.grouped:
+                account.own, front.stock = front, account
+                if parked:
+                    self.waiters.stop_counting(front)
+                    account.unrank()
+                else:
+                    self.waiters.start_counting(front)
+                    self._rank_in(self, account, front, amount)
+                return
         else:
             lacks = self._lacks(front)
             stock = account if lacks is None else lacks[0]
@@ -1037,17 +1061,20 @@ class Ledger(Pool):
         if first is None or not stock.pools:
             stock.unrank()
             return
-        threshold = READY
         if pool is None:
-            for pool in stock.pools:
-                threshold = self._threshold(first, stock, amount, pool)
-                if threshold != READY and threshold > pool.free:
+            pool = stock.pools[-1]
+            for each in stock.pools[:-1]:
+                if self._threshold(first, stock, amount, each) > each.free:
+                    pool = each
                     break
-        else:
-            threshold = self._threshold(first, stock, amount, pool)
+        self._rank_in(pool, stock, first, amount)
+
+    def _rank_in(self, pool: Pool, stock: Stock, first: Request, amount: int) -> None:
+        """Rank the first who waits in a stock among those who wait for a pool."""
         if stock.ranked is not first or stock.ranked_in is not pool:
             stock.unrank()
             stock.ranked, stock.ranked_in = first, pool
+        threshold = self._threshold(first, stock, amount, pool)
         pool.order.rank(first, threshold, stock.granted - stock.reserved)
         if pool is not self:
             self._stirred[pool] = None

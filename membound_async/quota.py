@@ -49,7 +49,7 @@ from .waiters import NOTHING, Kind, Order, Queue, Ranking, Request, State, Waite
 
 __all__ = ["NO_LIMIT", "Account", "Ledger"]
 
-READY = -1
+READY = -NO_LIMIT
 """What must be free for a request that draws nothing from the pool: below every threshold."""
 
 
@@ -377,7 +377,13 @@ class Ledger(Pool):
     def force(self, request: Request) -> list[Request]:
         """Charge a request whatever the rules say of it; give others that are settled by it."""
         self._charge(request)
-        return self._changed(request.account) if self.waiters.count else []
+        if not self.waiters.count:
+            return []
+        account = request.account
+        if request.source is not None:
+            self._place(request.source)
+        dropped = self._entered(account) if request.kind is Kind.ENTER else []
+        return dropped + self._changed(account)
 
     def cancel(self, request: Request) -> list[Request]:
         """Take back a request that waits; those behind it may come in."""
@@ -612,27 +618,34 @@ class Ledger(Pool):
             return x // unit
         if stock.excess > 0:
             held += stock.excess
-        p, q = self._part(stock, pool) if self._p is None else (self._p, self._q)
-        threshold = -((-q * x - unit * (q - p) * held) // (unit * p))
-        return threshold if request.source is None else threshold - self._credit(request, pool)
+        if request.source is None:
+            p, q = self._part(stock, pool) if self._p is None else (self._p, self._q)
+            return -((-q * x - unit * (q - p) * held) // (unit * p))
+        credit, leaves = self._credit(request, pool)
+        p, q = self._part(stock, pool, leaves)
+        return -((-q * x - unit * (q - p) * held) // (unit * p)) - credit
 
-    def _part(self, stock: Stock, pool: Pool) -> tuple[int, int]:
+    def _part(self, stock: Stock, pool: Pool, leaves: int = 0) -> tuple[int, int]:
         """``p`` and ``q`` of what nobody else holds that the stock may have."""
-        return self.rule.part(pool.consumers + (stock.held <= 0))
+        return self.rule.part(pool.consumers + (stock.held <= 0) - leaves)
 
-    def _credit(self, request: Request, pool: Pool) -> int:
-        """How much a transfer frees in a pool before it is charged there anew."""
+    def _credit(self, request: Request, pool: Pool) -> tuple[int, int]:
+        """How much a transfer frees in a pool before it is charged there anew.
+
+        And how many consumers there are less then.
+        """
         source = request.source
         assert source is not None
         for stock, amount in self._amounts(source, request.nbytes, request.also):
             if pool in stock.pools:
                 left = max(stock.granted - amount, stock.live) - stock.reserved
-                return max(0, stock.excess) - max(0, left)
-        return 0
+                freed = max(0, stock.excess) - max(0, left)
+                return freed, int(0 < stock.held == freed)
+        return 0, 0
 
     def _over_firm(self, request: Request, stock: Stock, amount: int) -> bool:
         """Whether it waits for its own component to give something back."""
-        if request.kind is Kind.ENTER:
+        if request.kind is Kind.ENTER or (request.also and not amount):
             return False
         left = stock.firm_limit - stock.in_flight
         if request.sender is None:
@@ -649,7 +662,7 @@ class Ledger(Pool):
         if request.sender is not None:
             return request.nbytes
         draw = request.nbytes + min(request.account.excess, 0)
-        return draw if request.source is None else draw - self._credit(request, self)
+        return draw if request.source is None else draw - self._credit(request, self)[0]
 
     def _oversize(self, request: Request) -> bool:
         """Whether it can be met only by letting it have the pool alone."""
@@ -943,6 +956,12 @@ class Ledger(Pool):
         """Likewise after its bounds have changed, which may make waiters impossible."""
         return self._drop_impossible((account,)) + self._changed(account)
 
+    def _entered(self, account: Account) -> list[Request]:
+        """Take out who has become impossible because what is reserved now is not left."""
+        if self.waiters.alone:
+            return self._drop_impossible(self.accounts.values())
+        return self._drop_impossible((account,)) if account.by_sender else []
+
     def _drop_impossible(self, accounts: Iterable[Account]) -> list[Request]:
         """Take out the waiters of these accounts that can never be met any more."""
         dropped = [
@@ -987,14 +1006,16 @@ class Ledger(Pool):
                 account.own, front.stock = front, account
                 if parked:
                     self.waiters.stop_counting(front)
-                    account.unrank()
+                    account.unrank(front)
                 else:
                     self.waiters.start_counting(front)
-                    self._rank_in(self, account, front, amount)
+                    account.ranked[front] = self
+                    threshold = self._threshold(front, account, amount, self)
+                    self.waiters.rank(front, threshold, account.granted - account.reserved)
                 return
         else:
             lacks = self._lacks(front)
-            stock = account if lacks is None else lacks[0]
+            stock = self._stock_of_next(front) if lacks is None else lacks[0]
             parked = lacks is not None and lacks[1] is None
         if parked:
             self._stir_all(front)
@@ -1022,62 +1043,88 @@ class Ledger(Pool):
                 stock.parked.discard(front)
         self._rank(stock)
 
+    def _stock_of_next(self, front: Request) -> Stock:
+        """Say where a front that lacks nothing waits for its turn, where it draws anything.
+
+        Where its component itself waits for the firm limit, if there is such a one.
+        """
+        account = front.account
+        if front.sender is None:
+            return account
+        drawn = [stock for stock, amount in self._demands(front) if amount and stock.pools]
+        for stock in drawn:
+            own = stock.own
+            if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
+                return stock
+        return drawn[0] if drawn else account
+
     def _look_at_parked(self, stock: Stock) -> None:
         """Have the first of the senders' requests at the firm limit count again, if it fits.
 
-        One at a time, so that this costs the same however many they are.
+        One at a time, so that this costs the same however many they are; where there is no
+        pool, all that fit, as none of them waits here any longer.
         """
         assert stock.parked is not None
-        front = stock.parked.first()
-        assert front is not None
-        if not self._over_firm(front, stock, self._amount(front, stock)):
+        while (front := stock.parked.first()) is not None:
+            if self._over_firm(front, stock, self._amount(front, stock)):
+                break
             self._put(front)
+            if stock.pools:
+                break
 
-    def _rank(self, stock: Stock, pool: Pool | None = None) -> None:
-        """Rank the first who waits in a stock among those of a pool that it lacks.
+    def _rank(self, stock: Stock, lacking: tuple[Request, Pool] | None = None) -> None:
+        """Rank who is first in a stock among those of a pool that it lacks.
 
-        None of them while it is the firm limit that keeps the first one out.
+        Nobody while it is the firm limit that keeps the first one out.
 
         Args:
             stock: where they wait.
-            pool: the pool that it lacks, if that is known.
+            lacking: one of them and the pool that it lacks, if that is known.
+        """
+        firsts = self._firsts(stock) if stock.pools else ()
+        ranked = stock.ranked
+        for request in [*ranked]:
+            if request not in firsts:
+                stock.unrank(request)
+        for first in firsts:
+            amount = self._amount(first, stock)
+            known = lacking[1] if lacking is not None and lacking[0] is first else None
+            pool = known or ranked.get(first) or stock.pools[-1]
+            threshold = self._threshold(first, stock, amount, pool)
+            if known is None and len(stock.pools) > 1:
+                for other in stock.pools:
+                    needed = self._threshold(first, stock, amount, other)
+                    if needed != READY and needed > other.free:
+                        pool, threshold = other, needed
+                        break
+            if ranked.get(first) is not pool:
+                stock.unrank(first)
+                ranked[first] = pool
+            pool.order.rank(first, threshold, stock.granted - stock.reserved)
+            if pool is not self:
+                self._stirred[pool] = None
+
+    def _firsts(self, stock: Stock) -> tuple[Request, ...]:
+        """Give who is first in a stock.
+
+        Whose next of its own line needs less than another for as much, as it enters or takes
+        over what is held already, has it ranked beside the first of its senders'.
         """
         own, fronts = stock.own, stock.fronts
-        first, amount = own, 0
-        if own is not None:
-            amount = self._amount(own, stock)
-            if self._over_firm(own, stock, amount):
-                stock.unrank()  # what its senders would take is what it waits for
-                return
-        if fronts:
-            front = fronts.first()
-            assert front is not None
-            wanted = self._amount(front, stock)
-            if not self._over_firm(front, stock, wanted) and (
-                own is None
-                or (fronts[front], front.arrival) < (self._inner(own, stock, amount), own.arrival)
-            ):
-                first, amount = front, wanted
-        if first is None or not stock.pools:
-            stock.unrank()
-            return
-        if pool is None:
-            pool = stock.pools[-1]
-            for each in stock.pools[:-1]:
-                if self._threshold(first, stock, amount, each) > each.free:
-                    pool = each
-                    break
-        self._rank_in(pool, stock, first, amount)
-
-    def _rank_in(self, pool: Pool, stock: Stock, first: Request, amount: int) -> None:
-        """Rank the first who waits in a stock among those who wait for a pool."""
-        if stock.ranked is not first or stock.ranked_in is not pool:
-            stock.unrank()
-            stock.ranked, stock.ranked_in = first, pool
-        threshold = self._threshold(first, stock, amount, pool)
-        pool.order.rank(first, threshold, stock.granted - stock.reserved)
-        if pool is not self:
-            self._stirred[pool] = None
+        front = fronts.first() if fronts else None
+        if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
+            # What its senders would take is what it waits for.
+            return (front,) if front is not None and fronts[front] == READY else ()
+        if front is None:
+            return () if own is None else (own,)
+        if self._over_firm(front, stock, self._amount(front, stock)):
+            return () if own is None else (own,)
+        if own is None:
+            return (front,)
+        if own.kind is Kind.ENTER or own.source is not None:
+            return own, front
+        needed = self._inner(own, stock, self._amount(own, stock))
+        return (min((fronts[front], front.arrival, front), (needed, own.arrival, own))[2],)
 
     @staticmethod
     def _amount(request: Request, stock: Stock) -> int:
@@ -1141,7 +1188,7 @@ class Ledger(Pool):
                     continue
                 self.waiters.bar(front)
                 self._stir_all(front)
-                pools += self._stirred  # it is a barrier in all that it draws on
+                pools += (self, *self._stirred)  # it is a barrier in all that it draws on
                 self._place(front.account)
             pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 
@@ -1159,8 +1206,10 @@ class Ledger(Pool):
             self._charge(request, in_turn=in_turn)
             settled.append(request)
             self._place(request.account)
-            if request.kind is Kind.ENTER and waiters.alone:
-                settled += self._drop_impossible(self.accounts.values())
+            if request.source is not None:
+                self._place(request.source)
+            if request.kind is Kind.ENTER:
+                settled += self._entered(request.account)
             self._bar_overdue()
         return settled
 
@@ -1226,7 +1275,10 @@ class Ledger(Pool):
             stock, lacked = lacks
             if stock is first.stock and lacked is pool:
                 return None
-            self._put(first) if stock is not first.stock else self._rank(stock, lacked)
+            if stock is not first.stock:
+                self._put(first)
+            else:
+                self._rank(stock, None if lacked is None else (first, lacked))
         return self._next_barred(pool) if pool._closed else None
 
     def _next_barred(self, pool: Pool) -> Request | None:

@@ -63,8 +63,7 @@ class Stock(AccountState):
         own: who is next of the component's own line, if that waits here.
         fronts: who is next of the senders' lines, those that wait here; by what each needs.
         parked: those of them that wait for the firm limit, and count nothing; likewise.
-        ranked: the first of all these, if it waits for a pool.
-        ranked_in: for which one.
+        ranked: the first of all these, and for which pool it waits; seldom two.
     """
 
     __slots__ = (
@@ -74,7 +73,6 @@ class Stock(AccountState):
         "parked",
         "pools",
         "ranked",
-        "ranked_in",
         "resource",
         "senders",
     )
@@ -97,8 +95,7 @@ class Stock(AccountState):
         self.own: Request | None = None
         self.fronts: Ranking | None = None
         self.parked: Ranking | None = None
-        self.ranked: Request | None = None
-        self.ranked_in: Pool | None = None
+        self.ranked: dict[Request, Pool] = {}
 
     @property
     def held(self) -> int:
@@ -113,15 +110,14 @@ class Stock(AccountState):
             self.fronts.discard(request)
             if self.parked:
                 self.parked.discard(request)
-        if self.ranked is request:
-            self.unrank()
+        self.unrank(request)
         request.stock = None
 
-    def unrank(self) -> None:
+    def unrank(self, request: Request) -> None:
         """Leave who waits here out of the order between accounts."""
-        if self.ranked is not None and self.ranked_in is not None:
-            self.ranked_in.order.unrank(self.ranked)
-        self.ranked = self.ranked_in = None
+        pool = self.ranked.pop(request, None)
+        if pool is not None:
+            pool.order.unrank(request)
 
 
 class Sender:

@@ -202,7 +202,8 @@ class World:
             firm = component.firm.get(resource)
             if wish.sender is None:
                 unused = component.own(resource) - component.used(resource)
-                over = firm is not None and (
+                wanted = amount or wish.amounts == {BYTES: 0}
+                over = firm is not None and bool(wanted) and (
                     component.granted.get(resource, 0) + component.sent(resource) + amount > firm
                 )
                 found.append(Need(resource, max(0, amount - unused), over))

@@ -103,11 +103,11 @@ class Watched(Ledger):
         super()._charge(request, in_turn=in_turn)
         self.steps.append(Step(request, State.ADMITTED, in_turn, was_barrier, barriers))
 
-    def _rank(self, stock: Stock, pool: Pool | None = None) -> None:
+    def _rank(self, stock: Stock, lacking: tuple[Request, Pool] | None = None) -> None:
         self.turns += 1
         if self.turns > 20_000:
             raise Broken("it does not come to an end")
-        super()._rank(stock, pool)
+        super()._rank(stock, lacking)
 
 
 @dataclass(eq=False, slots=True)
@@ -698,7 +698,7 @@ class Pair:
             [
                 (
                     account.name, account.reserved, account.entries, account.live,
-                    [(s.granted, s.in_flight, s.excess, s.senders, s.own, s.ranked,
+                    [(s.granted, s.in_flight, s.excess, s.senders, s.own, dict(s.ranked),
                       dict(s.fronts or {})) for s in account.stocks() if _is_used(s)],
                     [(name, dict(s.held), list(s.line)) for name, s in account.by_sender.items()],
                     list(account.incoming), account.admissions, account.peak,

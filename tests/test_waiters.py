@@ -161,7 +161,7 @@ def test_the_grow_of_an_exclusive_grant_goes_before_all():
     grow = waiting(waiters, owner, Kind.GROW)
     pool = Pool(BYTES, 100, waiters)
     waiters.rank(grow, 10, 5)
-    grow.stock, owner.ranked, owner.ranked_in = owner, grow, pool
+    grow.stock, owner.ranked[grow] = owner, pool
     for front in (grow, request):
         waiters.start_counting(front)
         waiters.bar(front)

@@ -20,6 +20,7 @@ from .exceptions import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    ReclaimReentry,
     TrackingError,
     TrackingUnavailable,
     UnknownComponent,
@@ -29,9 +30,10 @@ from .limiter import MemoryLimiter, current_limiter
 from .limits import MemoryLimit
 from .pressure import PressurePolicy
 from .probes import MemoryProbe, PressureStall
+from .reclaim import Reclaimer
 from .registry import ComponentRegistry
 from .settings import LimiterSettings
-from .statistics import ComponentStatistics, LimiterStatistics
+from .statistics import ComponentStatistics, LimiterStatistics, ReclaimerStatistics
 from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
 
@@ -65,6 +67,9 @@ __all__ = [
     "PressurePolicy",
     "PressureStall",
     "QuotaExceeded",
+    "ReclaimReentry",
+    "Reclaimer",
+    "ReclaimerStatistics",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",

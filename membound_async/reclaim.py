@@ -163,12 +163,11 @@ class Call:
         self.freed_bytes = self.reported_bytes = 0
         self.seconds = 0.0
         self.failed = self.over = self.said_to_be_slow = False
+        self._since = limiter._now()
+        self._before = limiter._ledger.measured
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         current_call.set(self)
-        self.since = self.limiter._now()
-        self._before = self.limiter._ledger.measured
-        return self
 
     def report(self, freed: Any) -> None:
         """Take what the reclaimer says that it has freed.
@@ -189,7 +188,7 @@ class Call:
         limiter = self.limiter
         self.over = True
         now = limiter._now()
-        self.seconds = max(0.0, now - self.since)
+        self.seconds = max(0.0, now - self._since)
         limiter._sample(now)
         self.freed_bytes = max(0, self._before - limiter._ledger.measured)
         self.failed = isinstance(exc, Exception) or (
@@ -213,7 +212,7 @@ class Call:
 
     def look(self, now: float) -> None:
         """Say so, once, if it takes long."""
-        seconds = now - self.since
+        seconds = now - self._since
         if not self.said_to_be_slow and seconds >= self.limiter.settings.stall_after_seconds:
             self.said_to_be_slow = True
             log().warning(
@@ -357,16 +356,17 @@ class Reclaim:
     def look(self, now: float) -> None:
         """Start a run if the last reading calls for one; whoever has taken it calls this."""
         limiter = self.limiter
-        if self.run is not None:
-            self.run.look(now)
+        run = self.run
+        if run is not None:
+            run.look(now)
             return
         threshold = limiter.settings.pressure.threshold
         if limiter._observe or self.measured <= self._part(threshold):
             return
-        loop = limiter._loop
-        if loop is not None and loop.ended:
-            loop = None
-        if (loop is None and running_loop() is not None) or not self.due(loop):
+        loop, here = limiter._loop, running_loop()
+        if loop is not None and (loop.ended or (here is None and threading.get_ident() in loop)):
+            loop = None  # it does not run any more, or not now
+        if (loop is None and here is not None) or not self.due(loop):
             return
         run = Run(self, loop)
         with limiter._lock:

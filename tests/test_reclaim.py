@@ -161,8 +161,16 @@ async def test_no_run_at_the_threshold_and_below() -> None:
 def built_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Have the built-in reclaimers only note that they were asked."""
     asked: list[str] = []
-    monkeypatch.setattr(gc, "collect", lambda: asked.append("gc") or 0)
-    monkeypatch.setattr("membound_async.allocator.trim", lambda: asked.append("heap") or 0)
+
+    def noted(name: str) -> Callable[[], int]:
+        def free() -> int:
+            asked.append(name)
+            return 0
+
+        return free
+
+    monkeypatch.setattr(gc, "collect", noted("gc"))
+    monkeypatch.setattr("membound_async.allocator.trim", noted("heap"))
     monkeypatch.setattr("membound_async.reclaim._malloc_trim", lambda: None)
     return asked
 
@@ -208,6 +216,7 @@ async def test_it_stops_when_there_is_enough(built_in: list[Any]) -> None:
     assert built_in == [("a", 1050 - TARGET), ("b", 1000 - TARGET)]
 
 
+@pytest.mark.virtual_time
 async def test_what_the_heap_has_yet_to_return_is_not_asked_of_the_next(
     built_in: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +297,7 @@ async def test_who_only_says_so_is_backed_off_too() -> None:
     memory = Memory(rest=1000)
     limiter = memory.limiter()
     limiter.add_reclaimer(lambda wanted: wanted, name="liar")
-    asked: list[int] = []
+    asked: list[Any] = []
     limiter.add_reclaimer(asking(memory, asked, "rest"), name="honest", priority=-1)
     await run_of(limiter)
     assert asked == []
@@ -375,8 +384,6 @@ async def test_it_is_refused_any_grant(logs: list[Any]) -> None:
         await attempt("enter", lambda: c)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(attempt, "task", lambda: a.grant(7).__aenter__())
-        async with MemoryLimiter.noop().grant(8):  # another limiter may give it some
-            pass
         background.start_soon(in_background)
         held.shrink(60)
         held.release()
@@ -401,6 +408,55 @@ async def test_it_is_refused_any_grant(logs: list[Any]) -> None:
     assert not events(logs, "reclaimer_failed")
     snapshot = limiter.statistics()
     assert (snapshot.grants, snapshot.free_bytes) == (0, 1000)
+
+
+async def test_what_it_has_started_may_ask_when_the_call_is_over() -> None:
+    memory = Memory(rest=1000)
+    limiter = memory.limiter()
+    over, granted = anyio.Event(), anyio.Event()
+
+    async def ask() -> None:
+        await over.wait()
+        async with limiter.grant(1):
+            granted.set()
+
+    async def first(_wanted: int) -> int:
+        background.start_soon(ask)
+        return 0
+
+    async def second(_wanted: int) -> int:
+        over.set()
+        await granted.wait()
+        return 0
+
+    limiter.add_reclaimer(first)
+    limiter.add_reclaimer(second)
+    async with anyio.create_task_group() as background:
+        await run_of(limiter)
+    assert [one.runs for one in limiter.statistics().reclaimers] == [1, 1]
+
+
+async def test_it_may_ask_another_limiter() -> None:
+    here, there = Memory(rest=1000).limiter(), Memory(rest=1000).limiter()
+    done = anyio.Event()
+
+    async def ask(_wanted: int) -> int:
+        assert there._reclaim.run is not None
+        async with there.grant(1):
+            done.set()
+        return 0
+
+    async def wait(_wanted: int) -> int:
+        await done.wait()
+        return 0
+
+    there.add_reclaimer(wait)
+    here.add_reclaimer(ask)
+    async with there.grant(0):
+        pass
+    for limiter in (here, there):
+        assert [one.failures for one in (await run_of(limiter)).reclaimers] == [0]
+    assert done.is_set()
 
 
 async def test_the_fast_path_is_open_again_after_it() -> None:
@@ -442,8 +498,8 @@ async def test_one_that_fails_is_logged_counted_and_backed_off(logs: list[Any]) 
         raise asyncio.CancelledError("of somebody else's")
 
     async def group(_wanted: int) -> int:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(fail, 1)
+        async with anyio.create_task_group():
+            fail(1)
         return 0
 
     def half(wanted: int) -> int:
@@ -478,17 +534,17 @@ async def test_one_that_fails_is_logged_counted_and_backed_off(logs: list[Any]) 
 
 @pytest.mark.virtual_time
 async def test_one_that_hangs_holds_up_nobody_but_the_others(logs: list[Any]) -> None:
-    memory = Memory(rest=960)
+    memory = Memory(rest=960, nothing=0)
     limiter = memory.limiter(share=1)
     never = anyio.Event()
-    asked: list[int] = []
+    asked: list[Any] = []
 
     async def hang(_wanted: int) -> int:
         await never.wait()
         return 0
 
     limiter.add_reclaimer(hang, name="hangs", priority=1)
-    limiter.add_reclaimer(lambda wanted: asked.append(wanted) or 0, name="other")
+    limiter.add_reclaimer(asking(memory, asked, "nothing"), name="other")
     for _ in range(40):
         async with limiter.grant(10):
             await anyio.sleep(0.5)
@@ -499,7 +555,7 @@ async def test_one_that_hangs_holds_up_nobody_but_the_others(logs: list[Any]) ->
     assert named(limiter, "hangs").runs == 0
     never.set()
     await run_of(limiter)
-    assert asked == [58]
+    assert asked == [("nothing", 58)]
     assert named(limiter, "hangs").total_seconds == 20
 
 
@@ -521,6 +577,7 @@ async def test_a_requester_that_is_cancelled_does_not_take_it_along() -> None:
     assert limiter._reclaim.run is not None
     await anyio.sleep(10)
     assert done == [5]
+    assert limiter.statistics().reclaimers[0].backed_off_seconds == 0  # it has held up nobody
     assert limiter.statistics().measured_bytes == TARGET
     assert limiter.statistics().grants == 0
 
@@ -725,6 +782,23 @@ def test_one_run_at_a_time_of_many_threads() -> None:
         thread.join()
     assert most == 1
     assert runs > 100
+
+
+def test_an_event_loop_that_does_not_run_now_is_not_waited_for() -> None:
+    memory = Memory(cache=0)
+    limiter = memory.limiter()
+    limiter.add_reclaimer(lambda wanted: memory.free("cache", wanted))
+
+    async def use() -> None:
+        async with limiter.grant(0):
+            pass
+
+    with asyncio.Runner() as runner:
+        runner.run(use())
+        memory.parts["cache"] = 1000
+        limiter._sample_at = 0
+        limiter.grant_nowait(0).release()
+        assert memory() == TARGET
 
 
 # --- registering

@@ -79,12 +79,10 @@ class Reclaimer:
         priority: higher ones are asked first.
     """
 
-    def __init__(
-        self, reclaim: Reclaim, function: ReclaimFunction, name: str, priority: float
-    ) -> None:
+    def __init__(self, reclaim: Any, function: ReclaimFunction, name: str, priority: float) -> None:
         self.name = name
         self.priority = priority
-        self._reclaim = reclaim
+        self._reclaim: Reclaim = reclaim
         self._function = function
         self._is_async = iscoroutinefunction(function) or iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 -- an object with an async one
@@ -187,6 +185,8 @@ class Call:
     ) -> bool:
         limiter = self.limiter
         self.over = True
+        if exc_type is GeneratorExit:  # its loop is gone; this may be inside the limiter's lock
+            return False
         now = limiter._now()
         self.seconds = max(0.0, now - self._since)
         limiter._sample(now)

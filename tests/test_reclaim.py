@@ -645,13 +645,24 @@ def test_an_event_loop_that_was_closed_in_its_midst_is_no_obstacle(
     loop.run_until_complete(use())
     loop.close()
     assert limiter._reclaim.run is not None
+    abandoned = weakref.ref(limiter._reclaim.run)
     limiter.statistics()
     assert limiter._reclaim.run is None
     limiter.add_reclaimer(lambda wanted: memory.free("cache", wanted))
     with limiter.grant(0):
         pass
     assert limiter.statistics().measured_bytes == TARGET
-    gc.collect()
+
+    def collect() -> None:
+        with limiter._lock:  # as it may happen anywhere
+            gc.collect()
+
+    del loop
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(10)
+    assert not collector.is_alive()
+    assert abandoned() is None
 
 
 def test_a_task_that_is_cancelled_before_it_begins_is_no_obstacle() -> None:
@@ -751,6 +762,37 @@ async def test_an_event_loop_that_the_limiter_does_not_serve_yet_is_not_blocked(
     limiter.add_reclaimer(lambda wanted: memory.free("cache", wanted))
     assert limiter.statistics().measured_bytes == 1000
     assert (await run_of(limiter)).measured_bytes == TARGET
+
+
+def test_two_threads_that_find_memory_short_at_once_start_one_run() -> None:
+    memory = Memory(cache=1000)
+    limiter = memory.limiter()
+    both, one_is_through = threading.Barrier(2), threading.Event()
+    find_due, runs = limiter._reclaim.due, 0
+
+    def due(loop: Any) -> list[Reclaimer]:
+        if limiter._reclaim.run is None:
+            both.wait(10)
+        return find_due(loop)
+
+    def reclaim(wanted: int) -> int:
+        nonlocal runs
+        runs += 1
+        one_is_through.wait(5)
+        return memory.free("cache", wanted)
+
+    def look() -> None:
+        limiter.statistics()
+        one_is_through.set()
+
+    limiter.add_reclaimer(reclaim)
+    limiter._reclaim.due = due  # type: ignore[method-assign]
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs == 1
 
 
 def test_one_run_at_a_time_of_many_threads() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -462,19 +463,20 @@ async def test_it_may_ask_another_limiter() -> None:
 async def test_the_fast_path_is_open_again_after_it() -> None:
     memory = Memory(cache=1000)
     limiter = memory.limiter()
-    closed: list[bool] = []
+    until: list[float] = []
 
     def reclaim(wanted: int) -> int:
+        until.append(limiter._calm_until)
         freed = memory.free("cache", wanted)
         limiter.statistics()
-        limiter._has_yielded(limiter._now())
-        closed.append(limiter._calm_until < 0)
+        until.append(limiter._calm_until)
         return freed
 
     limiter.add_reclaimer(reclaim)
-    await run_of(limiter)
-    limiter._has_yielded(limiter._now())
-    assert closed == [True]
+    async with limiter.grant(0):
+        while limiter._reclaim.run is not None:
+            await anyio.lowlevel.checkpoint()
+    assert until == [-math.inf, -math.inf]
     assert limiter._calm_until > 0
 
 
@@ -717,6 +719,7 @@ def test_without_any_event_loop_it_is_the_thread_that_asks() -> None:
         raise NotImplementedError
 
     limiter.add_reclaimer(not_in_threads, name="async", priority=1)
+    limiter.add_reclaimer(Odd(), name="async object", priority=1)
     limiter.add_reclaimer(reclaim, name="cache")
     with limiter.grant(1):
         assert limiter.statistics().measured_bytes == TARGET
@@ -726,7 +729,7 @@ def test_without_any_event_loop_it_is_the_thread_that_asks() -> None:
     limiter._sample_at = 0
     limiter.grant_nowait(1).release()
     assert threads == [threading.get_ident()] * 2
-    assert named(limiter, "async").runs == 0
+    assert named(limiter, "async").runs == named(limiter, "async object").runs == 0
     assert limiter.statistics().grants == 0
 
 
@@ -841,6 +844,22 @@ def test_an_event_loop_that_does_not_run_now_is_not_waited_for() -> None:
         limiter._sample_at = 0
         limiter.grant_nowait(0).release()
         assert memory() == TARGET
+
+
+def test_an_event_loop_of_another_thread_that_has_ended_is_not_waited_for() -> None:
+    memory = Memory(cache=0)
+    limiter = memory.limiter()
+    limiter.add_reclaimer(lambda wanted: memory.free("cache", wanted))
+
+    async def use() -> None:
+        async with limiter.grant(0):
+            pass
+
+    thread = threading.Thread(target=asyncio.run, args=(use(),))
+    thread.start()
+    thread.join()
+    memory.parts["cache"] = 1000
+    assert limiter.statistics().measured_bytes == TARGET
 
 
 # --- registering

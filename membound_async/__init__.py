@@ -21,6 +21,7 @@ from .exceptions import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    ReclaimReentry,
     TrackingError,
     TrackingUnavailable,
     UnknownComponent,
@@ -31,11 +32,17 @@ from .limiter import MemoryLimiter, current_limiter
 from .limits import MemoryLimit
 from .pressure import PressurePolicy
 from .probes import MemoryProbe, PressureStall
+from .reclaim import Reclaimer
 from .registry import ComponentRegistry
 from .resources import ResourceLimits
 from .rules import Polynomial
 from .settings import LimiterSettings
-from .statistics import ComponentStatistics, LimiterStatistics
+from .statistics import (
+    ComponentStatistics,
+    LimiterStatistics,
+    ReclaimerStatistics,
+    ResourceStatistics,
+)
 from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
 
@@ -75,7 +82,11 @@ __all__ = [
     "PressureStall",
     "QuotaExceeded",
     "Received",
+    "ReclaimReentry",
+    "Reclaimer",
+    "ReclaimerStatistics",
     "ResourceLimits",
+    "ResourceStatistics",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",

@@ -17,6 +17,7 @@
     │   ├── LimitNotDetected             nothing says how much memory there is
     │   ├── InvalidLimit                 the limit, or what it is measured with, makes no sense
     │   └── NoCurrentLimiter             it is not clear which limiter is meant
+    ├── ReclaimReentry                   a reclaimer asks for memory itself
     └── TrackingError                    allocations cannot be counted like that
         └── TrackingUnavailable          nor here at all
 
@@ -44,6 +45,7 @@ __all__ = [
     "MemboundError",
     "NoCurrentLimiter",
     "QuotaExceeded",
+    "ReclaimReentry",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",
@@ -325,6 +327,26 @@ class NoCurrentLimiter(LimitError, LookupError):
         super().__init__(reason)
 
     __str__ = Exception.__str__
+
+
+class ReclaimReentry(MemboundError):
+    """A reclaimer has asked for memory while it was to free some; it was given none.
+
+    Attributes:
+        reclaimer: its name.
+        component: for whom it asked.
+        wanted_bytes: what it asked for.
+    """
+
+    def __init__(self, reclaimer: str, component: str, wanted_bytes: int) -> None:
+        self.reclaimer = reclaimer
+        self.component = component
+        self.wanted_bytes = wanted_bytes
+        super().__init__(
+            f"reclaimer {reclaimer!r} asked for {format_size(wanted_bytes)} for component "
+            f"{component!r} while it was to free memory; have it release and shrink grants "
+            "only, and ask for what it needs before, when it is registered"
+        )
 
 
 class TrackingError(MemboundError):

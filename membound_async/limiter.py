@@ -39,6 +39,7 @@ from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
 from .quota import Ledger
+from .reclaim import Reclaim, Reclaimer, ReclaimFunction
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
 from .resources import ResourceLimits
@@ -181,6 +182,7 @@ class MemoryLimiter(LimiterState):
         self._first_barrier_at = 0.0
         self._stalls = StallWatch(self.settings.stall_after_seconds)
         self._live = LiveBytes()
+        self._reclaim = Reclaim(self)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
         self._calm_until = -math.inf
         """Until when the fast path may be used: no reading and no yield is due, no delay."""
@@ -275,6 +277,7 @@ class MemoryLimiter(LimiterState):
                     for name, pool in ledger.pools.items()
                     if name != BYTES
                 },
+                reclaimers=self._reclaim.statistics(),
                 components=tuple(
                     self._describe(ledger.accounts[path], held, would_wait_seconds)
                     for path in sorted(self._components)
@@ -326,9 +329,7 @@ class MemoryLimiter(LimiterState):
 
         return Account(name, limits, self)
 
-    def _component(
-        self, path: str, minimum: int | str, firm_limit: int | str | None
-    ) -> Component:
+    def _component(self, path: str, minimum: int | str, firm_limit: int | str | None) -> Component:
         if minimum != 0 or firm_limit is not None:
             self.registry.declare(path, minimum=minimum, firm_limit=firm_limit)
         found = self._components.get(path)
@@ -431,6 +432,34 @@ class MemoryLimiter(LimiterState):
             if component is None or component._limiter is not self:
                 return self.root
         return component._resolve()
+
+    # --- reclaim
+
+    def add_reclaimer(
+        self, function: ReclaimFunction, *, name: str | None = None, priority: int = 0
+    ) -> Reclaimer:
+        """Ask that function for memory from now on, whenever measured memory gets short.
+
+        ::
+
+            limiter.add_reclaimer(cache.shrink, priority=10)  # def shrink(wanted: int) -> int
+
+        It is called with the bytes that are wanted and gives how many it has freed, itself or
+        when awaited; see ``membound_async.reclaim`` for when, where and how often. It may
+        release and shrink grants, but a request for one raises ``ReclaimReentry``, be it by
+        itself or by tasks and threads that it has started and that belong to the call. No
+        component is current in it. What it raises is logged and counted, and raised nowhere.
+
+        Args:
+            function: frees memory; async, or not if it takes no more than a millisecond or so.
+            name: what log events and statistics call it; None for the function's own name.
+            priority: who has the higher one is asked first; those of the same, in the order in
+                which they came.
+
+        Returns:
+            What ends it: ``remove()``, or the end of a ``with`` block.
+        """
+        return self._reclaim.add(function, name, priority)
 
     # --- the limit
 
@@ -621,6 +650,7 @@ class MemoryLimiter(LimiterState):
 
     async def _enter(self, component: Component) -> None:
         account: Account = component._account
+        self._reclaim.refuse_reentry(account, account.minimum)
         self._verify_if_changed()
         with self._lock:
             if self._ledger.enter_again(account):
@@ -673,6 +703,7 @@ class MemoryLimiter(LimiterState):
         """
         now = 0.0
         try:
+            self._reclaim.refuse_reentry(request.account, request.nbytes)
             self._bind()
             now = self._now()
             if now >= self._yield_at:
@@ -704,6 +735,7 @@ class MemoryLimiter(LimiterState):
 
     def _acquire_nowait(self, request: Request) -> None:
         """Admit the request now or raise ``QuotaExceeded``; never waits and is not delayed."""
+        self._reclaim.refuse_reentry(request.account, request.nbytes)
         if asyncio._get_running_loop() is not self._loop_token and running_loop() is not None:
             self._bind()
         now = self._now()
@@ -725,6 +757,7 @@ class MemoryLimiter(LimiterState):
                 "`with grant(...)` would block the event loop that runs in this thread; use "
                 "`async with`"
             )
+        self._reclaim.refuse_reentry(request.account, request.nbytes)
         clock = time.monotonic
         deadline = math.inf if timeout is None else clock() + timeout
         now = self._now()
@@ -956,6 +989,7 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             settled = self._observe_reading(measured, now)
         self._wake(settled)
+        self._reclaim.look(now)
 
     def _observe_reading(self, measured: int, now: float) -> list[Request]:
         """Take a reading into account; with the lock held."""
@@ -980,7 +1014,8 @@ class MemoryLimiter(LimiterState):
 
     def _calm(self) -> None:
         calm = min(self._yield_at, self._sample_at)
-        self._calm_until = -math.inf if self._delay and not self._observe else calm
+        pressed = (self._delay and not self._observe) or self._reclaim.run is not None
+        self._calm_until = -math.inf if pressed else calm
 
     def _interval(self) -> float:
         return self.settings.pressure.interval_seconds(self._ledger.measured, self._ledger.limit)

@@ -236,11 +236,7 @@ class Ledger(Pool):
         now = (granted if granted > account.live else account.live) - account.reserved
         if draw > 0:
             free = self.free
-            if (
-                self._closed
-                or self._p is None
-                or self._q * (held + draw) > self._p * (free + held)
-            ):
+            if self._closed or self._p is None or self._q * (held + draw) > self._p * (free + held):
                 return False
             self.free = free = free + held - in_flight - (now if now > 0 else 0)
             if free < self._lowest_free:
@@ -516,7 +512,9 @@ class Ledger(Pool):
             reason = self._bound(stock, request.sender, most)
             if alone > most:
                 is_firm = alone == account.firm_limit
-                reason = "its firm limit" if is_firm else "limit less baseline and the others' minimums"
+                reason = (
+                    "its firm limit" if is_firm else "limit less baseline and the others' minimums"
+                )
             return GrantTooLarge(name, amount, max(most, alone), reason, stock.resource)
         return None
 
@@ -681,7 +679,9 @@ class Ledger(Pool):
                 threshold = self._threshold(request, stock, amount, pool)
                 if threshold == READY or pool is but_for:
                     continue
-                if threshold > pool.free or (pool._closed and self._bars(pool, request, stock, amount)):
+                if threshold > pool.free or (
+                    pool._closed and self._bars(pool, request, stock, amount)
+                ):
                     return stock, pool
         return None
 
@@ -1266,9 +1266,8 @@ class Ledger(Pool):
                     return None
             if threshold != READY and threshold > pool.free:
                 return None
-            if threshold == READY or not pool._closed:
-                if self._is_plain(first):
-                    return first
+            if (threshold == READY or not pool._closed) and self._is_plain(first):
+                return first
             lacks = self._lacks(first)
             if lacks is None:
                 return first

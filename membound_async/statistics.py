@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from .live import Tracking
     from .probes import PressureStall
 
-__all__ = ["ComponentStatistics", "LimiterStatistics", "ResourceStatistics"]
+__all__ = [
+    "ComponentStatistics",
+    "LimiterStatistics",
+    "ReclaimerStatistics",
+    "ResourceStatistics",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +76,25 @@ class ResourceStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReclaimerStatistics:
+    """One reclaimer at one moment. Counts and totals are since it was registered."""
+
+    name: str
+    #: how many times it was asked, and how many of these have raised an error
+    runs: int
+    failures: int
+    #: what measured memory has fallen by meanwhile
+    freed_bytes: int
+    #: what it says that it has freed
+    reported_bytes: int
+    #: how long the last call took, and all of them
+    last_seconds: float
+    total_seconds: float
+    #: how long from now it is left out, because it was of no use or holds up the event loop
+    backed_off_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimiterStatistics:
     """A limiter at one moment, with a reading of memory that was taken for it."""
 
@@ -114,11 +138,14 @@ class LimiterStatistics:
     pressure_stall: PressureStall | None
     #: the other resources that it limits
     resources: dict[str, ResourceStatistics]
+    #: who is asked for memory when it is short, in that order
+    reclaimers: tuple[ReclaimerStatistics, ...]
     #: every component, in the order of their paths
     components: tuple[ComponentStatistics, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Give the same as plain dicts and lists, ready for ``json.dumps``."""
         plain = asdict(self)
+        plain["reclaimers"] = list(plain["reclaimers"])
         plain["components"] = list(plain["components"])
         return plain

@@ -21,6 +21,7 @@ from membound_async import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    ReclaimReentry,
     UnknownComponent,
 )
 
@@ -57,6 +58,11 @@ ERRORS: list[tuple[MemboundError, type[MemboundError], str]] = [
     (GrantReleased("a", "grow"), GrantError, "grow: this grant of component 'a'"),
     (LimitNotDetected(("cgroup", "RAM")), LimitError, "looked at: cgroup, RAM"),
     (InvalidLimit("limit=0"), LimitError, "limit=0"),
+    (
+        ReclaimReentry("cache", "a", 10),
+        MemboundError,
+        "reclaimer 'cache' asked for 10 bytes for component 'a' while it was to free memory; have",
+    ),
     (NoCurrentLimiter(2), LimitError, "2 limiters are entered"),
     (NoCurrentLimiter(0), LimitError, "MEMBOUND_REQUIRED is set"),
 ]

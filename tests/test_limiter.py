@@ -288,7 +288,8 @@ async def test_a_new_grant_out_of_the_pool_is_delayed(measured: int, delay: floa
 
 
 async def test_a_cancellation_during_the_delay_gives_everything_back() -> None:
-    settings = LimiterSettings(pressure=PressurePolicy(min_delay_seconds=60, max_delay_seconds=60))
+    sixty = PressurePolicy(min_delay_seconds=60, max_delay_seconds=60)
+    settings = LimiterSettings(pressure=sixty, reclaim=False)
     limiter = pressed(960 * MIB, settings=settings, share=1)
     limiter._ledger.baseline = 900 * MIB
     limiter.statistics()

@@ -18,7 +18,8 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 # Each layer imports only from itself and from those below it.
 LAYERS = (
     {"cli", "testing"},
-    {"component", "grant", "streams", "limiter", "live", "stalls", "eventloop", "context"},
+    {"component", "grant", "streams", "limiter"}
+    | {"live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"quota", "waiters", "rehearsal", "bounds", "registry", "verifier", "pressure", "settings"},
     {"fastpath"},

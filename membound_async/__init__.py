@@ -8,6 +8,7 @@ from .context import current_component
 from .exceptions import (
     BoundsError,
     FirmLimitExceedsAvailable,
+    GrantDeadlock,
     GrantError,
     GrantReleased,
     GrantTimeout,
@@ -43,6 +44,7 @@ __all__ = [
     "ComponentRegistry",
     "ComponentStatistics",
     "FirmLimitExceedsAvailable",
+    "GrantDeadlock",
     "GrantError",
     "GrantReleased",
     "GrantTimeout",

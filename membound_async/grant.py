@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .context import current_component, current_scope
 from .exceptions import GrantReleased
+from .eventloop import current_task
 from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
 from .sizes import format_size, parse_size
 from .waiters import Kind, Request
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from .component import Component
 
 __all__ = ["MemoryGrant", "grant", "grant_nowait"]
+
+SEVERAL = object()
+"""The holder of a grant that several tasks have entered: each of them may give it back."""
 
 
 class MemoryGrant(GrantState):
@@ -29,8 +33,8 @@ class MemoryGrant(GrantState):
         g = await component.grant(65536)                 # waits; given back by g.release()
         with component.grant(65536) as g: ...            # in a thread, which is blocked
 
-    Getting it may raise ``GrantTooLarge`` (at once) and ``GrantTimeout``. Cancelled while it
-    waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
+    Getting it may raise ``GrantTooLarge`` (at once), ``GrantTimeout`` and, in a task that holds
+    others in ``async with`` blocks, ``GrantDeadlock``. Cancelled while it waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
     __slots__ = ("_growing",)
@@ -76,13 +80,19 @@ class MemoryGrant(GrantState):
     ) -> None:
         self._release()
 
-    def _acquire(self) -> Coroutine[Any, Any, Self]:
+    def _enter(self) -> Coroutine[Any, Any, Self]:
+        return self._acquire(current_task())
+
+    def _acquire(self, holder: object = None) -> Coroutine[Any, Any, Self]:
         if self._begin():
+            self._holder = holder
             limiter = self._component._limiter
             acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
                 self._request(), self._timeout, self
             )
             return acquiring
+        if holder is not None:
+            self._holder = holder if self._holder in (None, holder) else SEVERAL
         return self._held_already()
 
     async def _held_already(self) -> Self:
@@ -156,6 +166,7 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: together with what it holds, it could never be had.
+            GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
         """
         request = self._grow_request(nbytes, "grow")
         self._growing = True
@@ -232,6 +243,7 @@ class MemoryGrant(GrantState):
                 self._state = RELEASED
                 size = self._size
                 self._size = 0
+                self._holder = None
                 limiter._grants.discard(self)
                 settled = limiter._ledger.give_back(
                     component._account, size, exclusive=state == ALONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
@@ -17,13 +18,16 @@ from typing import Any, Literal, Self
 import anyio
 import anyio.lowlevel
 
+from .blocks import has_time_limit, nobody_else_knows
 from .bounds import ROOT
 from .component import Component
 from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
-from .eventloop import EventLoop, Handle, ThreadPlace, running_loop
+from .deadlocks import waiting_holders
+from .eventloop import EventLoop, Handle, ThreadPlace, current_task, running_loop
 from .events import log
 from .exceptions import (
     BoundsError,
+    GrantDeadlock,
     GrantTimeout,
     GrantTooLarge,
     InvalidLimit,
@@ -51,7 +55,7 @@ from .settings import (
     parse_switch,
 )
 from .sizes import MAX_BYTES, format_size
-from .stalls import StallWatch, describe_stall
+from .stalls import REPORTED, StallWatch, describe_stall
 from .statistics import ComponentStatistics, LimiterStatistics
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import Kind, Request, State
@@ -60,6 +64,9 @@ __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
+
+UNTANGLE_SECONDS = 0.01
+"""How soon to look again at who waits for whom, after something was done about it."""
 
 
 class _NoMemory:
@@ -161,6 +168,10 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
+        self._moved_at_tick = -1
+        self._collected_at = -1
+        self._untangled = False
+        """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
         self._live = LiveBytes()
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
@@ -614,6 +625,9 @@ class MemoryLimiter(LimiterState):
             self._sample_if_due(request.nbytes, now)
             self._submit(request, now)
             if request.owner is not None:
+                request.gives_up = (
+                    timeout is not None or anyio.current_effective_deadline() < math.inf
+                )
                 if timeout is None:
                     await request.owner
                 else:
@@ -627,6 +641,7 @@ class MemoryLimiter(LimiterState):
             self._withdraw(request, now)
             if grant is not None:
                 grant._state = NEW
+                grant._holder = None
             raise
         request.owner = None
         if grant is not None:
@@ -687,6 +702,7 @@ class MemoryLimiter(LimiterState):
                     request.owner = place()
                 elif self._loop is not None:
                     request.owner = self._loop.place()
+                    request.task = current_task()
                     self._arm(self._loop)
         self._wake(settled)
 
@@ -725,6 +741,8 @@ class MemoryLimiter(LimiterState):
         if request.state is State.WAITING:
             raise GrantTimeout(request.account.name, request.nbytes, seconds)
         self._add(self._wait_seconds, request.account, seconds)
+        if request.state is State.DEADLOCKED:
+            raise GrantDeadlock(request.account.name, request.nbytes, request.holders)
         if request.state is State.IMPOSSIBLE:
             with self._lock:
                 error = self._ledger.refusal(request)
@@ -825,11 +843,13 @@ class MemoryLimiter(LimiterState):
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
         if self._timer is None:
-            self._timer = loop.call_later(self._interval(), self._tick)
+            seconds = UNTANGLE_SECONDS if self._untangled else self._interval()
+            self._timer = loop.call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         self._look()
+        self._look_for_deadlock()
         if self._ledger.waiters.count and self._loop is not None:
             self._arm(self._loop)
 
@@ -844,6 +864,83 @@ class MemoryLimiter(LimiterState):
             with self._lock:
                 report = describe_stall(self._ledger, self._grants.snapshot(), now)
             log().warning("membound.stalled", **report)
+
+    # --- deadlocks
+
+    def _look_for_deadlock(self) -> None:
+        """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
+        ledger = self._ledger
+        looks = self._untangled or ledger.moved == self._moved_at_tick
+        self._moved_at_tick = ledger.moved
+        self._untangled = False
+        if not looks or not ledger.waiters.count:
+            return
+        with self._lock:
+            settled, in_doubt = self._untangle()
+            waiting = ledger.waiters.count
+        if in_doubt and self._collected_at != ledger.moved:
+            # What is left of an exception that was caught may be all that refers to a grant.
+            self._collected_at = ledger.moved
+            gc.collect()
+            self._untangled = True
+            return
+        if settled and settled[0].state is State.DEADLOCKED:
+            refused = settled[0]
+            log().warning(
+                "membound.deadlock",
+                component=refused.account.name,
+                wanted_bytes=refused.nbytes,
+                free_bytes=ledger.free,
+                holders=list(refused.holders[:REPORTED]),
+            )
+        elif settled:
+            log().info("membound.order_suspended", admitted=len(settled), waiting=waiting)
+        self._untangled = bool(settled)
+        self._wake(settled)
+
+    def _untangle(self) -> tuple[list[Request], bool]:
+        """Settle requests if all who hold anything wait; with the lock held.
+
+        Order is suspended first. If that lets nobody in, and nobody can be expected to be let
+        in or to give up, the youngest of those who hold something is refused.
+
+        Returns:
+            Those that are settled, and whether one was not refused because others seem to
+            know of what is held.
+        """
+        ledger = self._ledger
+        grants = self._grants.snapshot()
+        waiting = ledger.waiting()
+        holders = waiting_holders(
+            ledger.accounts.values(),
+            [(grant._component._account, grant._holder, grant._size) for grant in grants],
+            waiting,
+        )
+        loop = self._loop
+        if not holders or loop is None or not all(loop.is_occupied(r.owner) for r in holders):
+            return [], False
+        tasks = {request.task for request in holders}
+        waiting.sort(key=lambda request: request.task not in tasks)
+        settled = ledger.suspend_order(waiting)
+        if settled or self._may_go_on(holders):
+            return settled, False
+        # While a task waits, nobody can come to know of what only it knows of.
+        unchecked = {request.task for request in holders if not request.is_checked}
+        grants = [grant for grant in grants if grant._holder in unchecked]
+        if not nobody_else_knows(grants):
+            return [], True
+        for request in holders:
+            request.is_checked = True
+        return ledger.break_deadlock(holders[-1]), False
+
+    def _may_go_on(self, holders: list[Request]) -> bool:
+        """Whether one of these may come in or give up although nobody gives back a grant."""
+        # What is reserved may be given up, too, unless it seems to be there for good.
+        return (
+            any(request.gives_up for request in holders)
+            or self._ledger.could_fit(holders, unreserved=not self._stalls.stalled)
+            or any(has_time_limit(each.task) for each in holders if not each.is_checked)
+        )
 
     # --- the world
 

@@ -309,6 +309,63 @@ class Ledger(LedgerState):
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
 
+    def waiting(self) -> list[Request]:
+        """Give all requests that wait, the oldest first."""
+        found = [each for account in self.accounts.values() for each in account.queue or ()]
+        return sorted(found, key=lambda request: request.arrival)
+
+    def suspend_order(self, requests: Iterable[Request]) -> list[Request]:
+        """Admit, of requests that wait, each that fits by its own T and F, whoever is ahead.
+
+        For the others everything is as it was, and order is kept again.
+        """
+        settled: list[Request] = []
+        for request in requests:
+            needed = self._needed_free(request)
+            if (needed == READY or needed <= self.free) and not self._over_firm(request):
+                self.waiters.remove(request, State.ADMITTED)
+                self._charge(request)
+                settled.append(request)
+                self._place(request.account)
+        if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):
+            settled += self._drop_impossible(self.accounts.values())
+        return settled + self._dispatch() if settled else settled
+
+    def could_fit(self, requests: Iterable[Request], *, unreserved: bool) -> bool:
+        """Whether any of these would fit if memory was free that no grant holds.
+
+        That is drift and live bytes; with ``unreserved`` also the minimums of others, with the
+        grants out of them.
+        """
+        free = self.limit - self.baseline
+        for account in self.accounts.values():
+            if not unreserved:
+                free -= max(account.granted, account.reserved)
+            elif account.granted > account.reserved or account.queue is not None:
+                free -= account.granted
+        return any(self._could_fit(request, free, unreserved=unreserved) for request in requests)
+
+    def _could_fit(self, request: Request, free: int, *, unreserved: bool) -> bool:
+        account = request.account
+        excess = account.granted - account.reserved
+        if request.kind is Kind.ENTER:
+            return account.minimum - excess <= free
+        if self._over_firm(request):
+            return False
+        draw, held = request.nbytes + min(excess, 0), max(excess, 0)
+        if unreserved:
+            free += min(excess, 0)  # but for its own
+        return draw <= 0 or self._q * (held + draw) <= self._p * (free + held)
+
+    def break_deadlock(self, request: Request) -> list[Request]:
+        """Refuse a request that waits, so that its task gives back what it holds."""
+        self.waiters.remove(request, State.DEADLOCKED)
+        holders = [account for account in self.accounts.values() if account.granted]
+        holders.sort(key=lambda account: -account.granted)
+        request.holders = tuple((account.name, account.granted) for account in holders)
+        request.account.refusals += 1
+        return [request, *self._changed(request.account)]
+
     def refusal(self, request: Request) -> GrantTooLarge | None:
         """Say why a request could not even be met by an idle limiter; None if it could."""
         account = request.account

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .grant import MemoryGrant
     from .quota import Account, Ledger
 
-__all__ = ["StallWatch", "describe_stall"]
+__all__ = ["REPORTED", "StallWatch", "describe_stall"]
 
 REPORTED = 10
 """How many holders and waiters a report names, the largest and the oldest."""

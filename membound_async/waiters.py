@@ -40,6 +40,7 @@ class State(enum.Enum):
     WAITING = "waiting"
     ADMITTED = "admitted"
     IMPOSSIBLE = "impossible"
+    DEADLOCKED = "deadlocked"
     CANCELLED = "cancelled"
 
 
@@ -55,6 +56,10 @@ class Request:
         alone: may exceed the quota, by holding the pool alone.
         exclusive: was admitted so; of a grow that waits, belongs to a grant that is.
         owner: whatever the caller wants to find again when the outcome is there.
+        task: the task that waits for it; None if that is not known.
+        gives_up: whether it may give up by itself, because there is a time limit.
+        is_checked: whether nobody but that task knows of the grants that it holds.
+        holders: of one that is deadlocked, the components and what they hold.
     """
 
     __slots__ = (
@@ -65,13 +70,17 @@ class Request:
         "barrier",
         "bypassed",
         "exclusive",
+        "gives_up",
         "held",
+        "holders",
+        "is_checked",
         "kind",
         "nbytes",
         "out_of_turn",
         "owner",
         "pooled",
         "state",
+        "task",
         "up_to",
     )
 
@@ -95,6 +104,10 @@ class Request:
         self.alone = alone
         self.exclusive = exclusive
         self.owner = owner
+        self.task: Any = None
+        self.gives_up = False
+        self.is_checked = False
+        self.holders: tuple[tuple[str, int], ...] = ()
         self.state = State.NEW
         self.pooled = False
         """Whether any of it came out of the pool; known once it is admitted."""

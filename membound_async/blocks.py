@@ -38,8 +38,7 @@ def nobody_else_knows(grants: list[Any]) -> bool:
                 own[id(each)] += 1
     by_the_list = _references([object()])[0]
     return all(
-        count == by_the_list + own[key]
-        for count, key in zip(counts, map(id, grants), strict=True)
+        count == by_the_list + own[key] for count, key in zip(counts, map(id, grants), strict=True)
     )
 
 
@@ -59,10 +58,10 @@ def _referents(task: Any) -> Iterator[object]:
 
     For the end of a block, which is a method, its object.
     """
-    coroutine = task.get_coro() if hasattr(task, "get_coro") else task.coro  # asyncio's, trio's
+    coroutine: Any = task.get_coro() if hasattr(task, "get_coro") else task.coro  # trio's
     while isinstance(coroutine, (CoroutineType, GeneratorType)):
         for each in gc.get_referents(coroutine):
             is_end = isinstance(each, (MethodType, BuiltinMethodType))
             yield each.__self__ if is_end and each.__name__ == "__aexit__" else each
-        is_async = isinstance(coroutine, CoroutineType)
-        coroutine = coroutine.cr_await if is_async else coroutine.gi_yieldfrom
+        awaited = "cr_await" if isinstance(coroutine, CoroutineType) else "gi_yieldfrom"
+        coroutine = getattr(coroutine, awaited)

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .context import current_component, current_scope
-from .exceptions import GrantReleased
 from .eventloop import current_task
+from .exceptions import GrantReleased
 from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
 from .sizes import format_size, parse_size
 from .waiters import Kind, Request
@@ -34,7 +34,8 @@ class MemoryGrant(GrantState):
         with component.grant(65536) as g: ...            # in a thread, which is blocked
 
     Getting it may raise ``GrantTooLarge`` (at once), ``GrantTimeout`` and, in a task that holds
-    others in ``async with`` blocks, ``GrantDeadlock``. Cancelled while it waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
+    others in ``async with`` blocks, ``GrantDeadlock``. Cancelled while it
+    waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
     __slots__ = ("_growing",)

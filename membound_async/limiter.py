@@ -168,8 +168,8 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
-        self._moved_at_tick = -1
-        self._collected_at = -1
+        self._moved_at_tick: int = -1
+        self._collected_at: int = -1
         self._untangled = False
         """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
@@ -870,8 +870,9 @@ class MemoryLimiter(LimiterState):
     def _look_for_deadlock(self) -> None:
         """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
         ledger = self._ledger
-        looks = self._untangled or ledger.moved == self._moved_at_tick
-        self._moved_at_tick = ledger.moved
+        moved: int = ledger.moved
+        looks = self._untangled or moved == self._moved_at_tick
+        self._moved_at_tick = moved
         self._untangled = False
         if not looks or not ledger.waiters.count:
             return

@@ -33,7 +33,6 @@ import anyio
 
 from membound_async import (
     Component,
-    GrantDeadlock,
     GrantError,
     MemoryGrant,
     QuotaExceeded,
@@ -108,7 +107,7 @@ class World:
         for grant, releasers in self.releasers.items():
             path = grant.component.path
             known[path] += grant.size
-            in_pool = used[path] > self.reserved(grant.component)
+            in_pool = used[path] > self.entered_minimum(grant.component)
             if grant.size and (in_pool or path in wanted_of):
                 for actor in releasers - self.ended:
                     if actor.wants is None or actor.time_limits:
@@ -125,10 +124,22 @@ class World:
             return 0
         return component._account.minimum if inside else 0
 
+    def entered_minimum(self, component: Component) -> int:
+        entered = any(component in actor.inside for actor in self.actors)
+        return component._account.minimum if entered else 0
+
+    def held_by(self, component: Component, used: int) -> int:
+        """What others have to do without: nothing if it can all be given up with the minimum."""
+        reserved = self.reserved(component)
+        wanted = any(actor.wants and actor.wants[1] is component for actor in self.actors)
+        if not wanted and reserved < self.entered_minimum(component) >= used:
+            return 0
+        return max(used, reserved)
+
     def fits(self, wants: tuple[str, Component, int], used: Counter[str]) -> bool:
         kind, component, nbytes = wants
         others = [each for each in self.components if each is not component]
-        free = LIMIT - sum(max(used[each.path], self.reserved(each)) for each in others)
+        free = LIMIT - sum(self.held_by(each, used[each.path]) for each in others)
         minimum = component._account.minimum
         if kind == "enter":
             return minimum <= free
@@ -197,7 +208,8 @@ class World:
         if grant is None:
             return
         if self.random.random() < 0.3:
-            return await self.helped(self.grow, actor, grant)
+            await self.helped(self.grow, actor, grant)
+            return
         nbytes = self.size()
         actor.wants = ("grow", grant.component, nbytes)
         try:
@@ -206,7 +218,6 @@ class World:
             pass  # another task is growing it
         finally:
             actor.wants = None
-        return None
 
     async def helped(self, step: Any, actor: Actor, grant: MemoryGrant) -> None:
         await step(actor, grant, 9)

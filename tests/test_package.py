@@ -28,7 +28,17 @@ LAYERS = (
     {"exceptions"},
     {"sizes"},
 )
-PURE = {"deadlocks", "quota", "waiters", "bounds", "registry", "verifier", "pressure", "sizes", "exceptions"}
+PURE = {
+    "deadlocks",
+    "quota",
+    "waiters",
+    "bounds",
+    "registry",
+    "verifier",
+    "pressure",
+    "sizes",
+    "exceptions",
+}
 
 
 def run_python(program: str) -> str:

@@ -9,6 +9,7 @@ from .context import current_component
 from .exceptions import (
     BoundsError,
     FirmLimitExceedsAvailable,
+    GrantDeadlock,
     GrantError,
     GrantReleased,
     GrantTimeout,
@@ -56,6 +57,7 @@ __all__ = [
     "ComponentRegistry",
     "ComponentStatistics",
     "FirmLimitExceedsAvailable",
+    "GrantDeadlock",
     "GrantError",
     "GrantReleased",
     "GrantTimeout",

@@ -12,6 +12,7 @@
     │   ├── QuotaExceeded                not now (``grant_nowait``)
     │   ├── GrantTooLarge                never
     │   ├── GrantTimeout                 not in time (also a ``TimeoutError``)
+    │   ├── GrantDeadlock                never, unless somebody who waits as well gives up
     │   └── GrantReleased                the grant was given back already
     ├── LimitError
     │   ├── LimitNotDetected             nothing says how much memory there is
@@ -33,6 +34,7 @@ from .sizes import format_size
 __all__ = [
     "BoundsError",
     "FirmLimitExceedsAvailable",
+    "GrantDeadlock",
     "GrantError",
     "GrantReleased",
     "GrantTimeout",
@@ -263,6 +265,33 @@ class GrantTimeout(GrantError, TimeoutError):
         super().__init__(
             f"component {component!r} waited {waited_seconds:.3f} s for "
             f"{format_size(wanted_bytes)} in vain; see limiter.statistics() for who holds what"
+        )
+
+
+class GrantDeadlock(GrantError):
+    """All who hold memory wait for more, and none of them can be given any.
+
+    The youngest of them gets it. The others go on as soon as its blocks have given back what
+    they hold.
+
+    Attributes:
+        component: who asked.
+        wanted_bytes: what was asked for.
+        holders: who holds what: pairs of a component and its granted bytes, the most first.
+    """
+
+    def __init__(
+        self, component: str, wanted_bytes: int, holders: tuple[tuple[str, int], ...]
+    ) -> None:
+        self.component = component
+        self.wanted_bytes = wanted_bytes
+        self.holders = holders
+        held = ", ".join(f"{name!r}: {format_size(nbytes)}" for name, nbytes in holders[:5])
+        more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+        super().__init__(
+            f"component {component!r} waited for {format_size(wanted_bytes)}, but all who hold "
+            f"memory wait for more ({held}{more}); ask once for all that is needed, for example "
+            "with up_to=, or give back before asking again"
         )
 
 

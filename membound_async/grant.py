@@ -10,6 +10,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from .context import current_component, current_scope
+from .eventloop import current_task
 from .exceptions import GrantReleased
 from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
 from .sizes import MAX_BYTES, format_size, parse_size
@@ -47,6 +48,9 @@ class Shares:
 
 PLAIN = Options()
 
+SEVERAL = object()
+"""The holder of a grant that several tasks have entered: each of them may give it back."""
+
 
 class MemoryGrant(GrantState):
     """Bytes that a component may use, from ``async with`` until its end.
@@ -57,7 +61,8 @@ class MemoryGrant(GrantState):
         g = await component.grant(65536)                 # waits; given back by g.release()
         with component.grant(65536) as g: ...            # in a thread, which is blocked
 
-    Getting it may raise ``GrantTooLarge`` (at once) and ``GrantTimeout``. Cancelled while it
+    Getting it may raise ``GrantTooLarge`` (at once), ``GrantTimeout`` and, in a task that holds
+    others in ``async with`` blocks, ``GrantDeadlock``. Cancelled while it
     waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
@@ -116,13 +121,19 @@ class MemoryGrant(GrantState):
     ) -> None:
         self._release()
 
-    def _acquire(self) -> Coroutine[Any, Any, Self]:
+    def _enter(self) -> Coroutine[Any, Any, Self]:
+        return self._acquire(current_task())
+
+    def _acquire(self, holder: object = None) -> Coroutine[Any, Any, Self]:
         if self._begin():
+            self._holder = holder
             limiter = self._component._limiter
             acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
                 self._request(), self._timeout, self
             )
             return acquiring
+        if holder is not None:
+            self._holder = holder if self._holder in (None, holder) else SEVERAL
         return self._held_already()
 
     async def _held_already(self) -> Self:
@@ -229,6 +240,7 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: together with what it holds, it could never be had.
+            GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
         """
         request = self._grow_request(nbytes, "grow")
         self._changing = request
@@ -383,6 +395,7 @@ class MemoryGrant(GrantState):
         with target._limiter._lock:
             if self._state != RELEASED:
                 self._component = target
+                self._holder = None  # handed on
                 self._options = self._options or PLAIN  # the fast path knows another account
                 return
         raise GrantReleased(target.path, "transfer")
@@ -409,6 +422,7 @@ class MemoryGrant(GrantState):
             shares = options.shares or Shares()
             shares.count += 1
             self._options = handle._options = options._replace(shares=shares)
+            self._holder = None  # handed on
             handle._become_held(self._size)
         return handle
 
@@ -491,6 +505,7 @@ class MemoryGrant(GrantState):
                 self._state = RELEASED
                 size = self._size
                 self._size = 0
+                self._holder = None
                 limiter._grants.discard(self)
                 account = component._account
                 changing = getattr(self, "_changing", None)

@@ -20,10 +20,12 @@ import anyio.lowlevel
 from .bounds import ROOT
 from .component import Component
 from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
-from .eventloop import EventLoop, Handle, ThreadPlace, running_loop
+from .deadlocks import waiting_holders
+from .eventloop import EventLoop, Handle, ThreadPlace, current_task, running_loop
 from .events import log
 from .exceptions import (
     BoundsError,
+    GrantDeadlock,
     GrantTimeout,
     GrantTooLarge,
     InvalidComponentBounds,
@@ -55,7 +57,7 @@ from .settings import (
     parse_switch,
 )
 from .sizes import MAX_BYTES, format_size
-from .stalls import StallWatch, describe_stall
+from .stalls import REPORTED, StallWatch, describe_stall
 from .statistics import ComponentStatistics, LimiterStatistics, ResourceStatistics
 from .stocks import BYTES, NO_LIMIT, Account, Sender
 from .verifier import BoundsVerifier, VerifiedBounds
@@ -68,6 +70,9 @@ __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
+
+UNTANGLE_SECONDS = 0.01
+"""How soon to look again at who waits for whom, after something was done about it."""
 
 
 class _NoMemory:
@@ -180,6 +185,9 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
+        self._moved_at_tick: int = -1
+        self._untangled = False
+        """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
         self._live = LiveBytes()
         self._reclaim = Reclaim(self)
@@ -714,6 +722,7 @@ class MemoryLimiter(LimiterState):
             self._sample_if_due(request.nbytes, now)
             self._submit(request, now)
             if request.owner is not None:
+                request.gives_up = timeout is not None
                 if timeout is None:
                     await request.owner
                 else:
@@ -727,6 +736,7 @@ class MemoryLimiter(LimiterState):
             self._withdraw(request, now)
             if grant is not None:
                 grant._state = NEW
+                grant._holder = None
             raise
         request.owner = None
         if grant is not None:
@@ -789,6 +799,7 @@ class MemoryLimiter(LimiterState):
                     request.owner = place()
                 elif self._loop is not None:
                     request.owner = self._loop.place()
+                    request.task = current_task()
                     self._arm(self._loop)
         self._wake(settled)
 
@@ -829,6 +840,8 @@ class MemoryLimiter(LimiterState):
         if request.state is State.WAITING:
             raise GrantTimeout(request.account.name, request.nbytes, seconds)
         self._add(self._wait_seconds, request.account, seconds)
+        if request.state is State.DEADLOCKED:
+            raise GrantDeadlock(request.account.name, request.nbytes, request.holders)
         if request.state is State.IMPOSSIBLE:
             with self._lock:
                 error = self._ledger.refusal(request)
@@ -950,11 +963,13 @@ class MemoryLimiter(LimiterState):
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
         if self._timer is None:
-            self._timer = loop.call_later(self._interval(), self._tick)
+            seconds = UNTANGLE_SECONDS if self._untangled else self._interval()
+            self._timer = loop.call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         self._look()
+        self._look_for_deadlock()
         if self._ledger.waiters.count and self._loop is not None:
             self._arm(self._loop)
 
@@ -969,6 +984,60 @@ class MemoryLimiter(LimiterState):
             with self._lock:
                 report = describe_stall(self._ledger, self._grants.snapshot(), now)
             log().warning("membound.stalled", **report)
+
+    # --- deadlocks
+
+    def _look_for_deadlock(self) -> None:
+        """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
+        ledger = self._ledger
+        looks = self._untangled or ledger.moved == self._moved_at_tick
+        self._moved_at_tick = ledger.moved
+        self._untangled = False
+        if not looks or not ledger.waiters.count:
+            return
+        with self._lock:
+            settled = self._untangle()
+        if not settled:
+            return
+        self._untangled = True
+        refused = [request for request in settled if request.state is State.DEADLOCKED]
+        for request in refused[:REPORTED]:
+            log().warning(
+                "membound.deadlock",
+                component=request.account.name,
+                wanted_bytes=request.nbytes,
+                free_bytes=ledger.free,
+                holders=list(request.holders[:REPORTED]),
+            )
+        if not refused:
+            log().info(
+                "membound.order_suspended",
+                admitted=len(settled),
+                waiting=ledger.waiters.count,
+            )
+        self._wake(settled)
+
+    def _untangle(self) -> list[Request]:
+        """Settle requests if all who hold anything wait; with the lock held.
+
+        Order is suspended first. If that lets nobody in, and nobody could come in if there
+        was no drift, or gives up by itself, the youngest of those who hold something are
+        refused until there is enough for one of the others.
+        """
+        ledger, loop = self._ledger, self._loop
+        held = [
+            (grant._component._account, grant._holder, grant._size)
+            for grant in self._grants.snapshot()
+        ]
+        waiting = ledger.waiting()
+        holders = waiting_holders(ledger.accounts.values(), held, waiting)
+        if not holders or loop is None or not all(loop.is_occupied(r.owner) for r in holders):
+            return []
+        waiting.sort(key=lambda request: request not in holders)
+        settled = ledger.suspend_order(waiting)
+        if settled or any(request.gives_up for request in holders):
+            return settled
+        return ledger.break_deadlock(holders)
 
     # --- the world
 

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import accumulate
 
 from .exceptions import GrantTooLarge, QuotaExceeded
 from .fastpath import NO_LIMIT
@@ -488,6 +489,74 @@ class Ledger(Pool):
         self._stir_all(barrier)
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
+
+    def waiting(self) -> list[Request]:
+        """Give all requests that wait, the oldest first."""
+        found = [each for account in self.accounts.values() for each in account.waiting()]
+        return sorted(found, key=lambda request: request.arrival)
+
+    def suspend_order(self, requests: Iterable[Request]) -> list[Request]:
+        """Admit, of requests that wait, each that fits by its own T and F, whoever is ahead.
+
+        For the others everything is as it was, and order is kept again.
+        """
+        settled: list[Request] = []
+        for request in requests:
+            if self._would_fit(request, 0):
+                self._remove(request, State.ADMITTED)
+                self._charge(request)
+                settled.append(request)
+                self._place(request.account)
+        if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):
+            settled += self._drop_impossible(self.accounts.values())
+        return settled + self._dispatch() if settled else settled
+
+    def break_deadlock(self, holders: Mapping[Request, int]) -> list[Request]:
+        """Refuse the youngest of those who wait and hold something, so that others fit.
+
+        Nobody, if one would fit with no drift. Of several, the oldest is left.
+
+        Args:
+            holders: the requests, the oldest first, and how many bytes the task of each holds.
+        """
+        if any(self._would_fit(request, self.drift) for request in holders):
+            return []
+        names = [account for account in self.accounts.values() if account.granted]
+        names.sort(key=lambda account: -account.granted)
+        named = tuple((account.name, account.granted) for account in names)
+        left, freed = [*holders], self.drift
+        least = [*accumulate(map(self._needs, left), min)]
+        refused: list[Request] = []
+        while left:
+            request = left.pop()
+            freed += holders[request]
+            self._remove(request, State.DEADLOCKED)
+            request.holders = named
+            request.account.refusals += 1
+            refused.append(request)
+            self._place(request.account)
+            if len(left) <= 1 or least[len(left) - 1] <= self.free + freed:
+                break
+        return refused + self._dispatch()
+
+    def _needs(self, request: Request) -> int:
+        """How much of the bytes must be free for a request; not at all: ``NO_LIMIT``."""
+        account = request.account
+        amount = self._amount(request, account)
+        if self._over_firm(request, account, amount):
+            return NO_LIMIT
+        return self._threshold(request, account, amount, self)
+
+    def _would_fit(self, request: Request, more: int) -> bool:
+        """Whether a request fits by its own thresholds, if so many bytes more were free."""
+        for stock, amount in self._demands(request):
+            if self._over_firm(request, stock, amount):
+                return False
+            for pool in stock.pools:
+                threshold = self._threshold(request, stock, amount, pool)
+                if threshold != READY and threshold > pool.free + (more if pool is self else 0):
+                    return False
+        return True
 
     def refusal(self, request: Request) -> GrantTooLarge | None:
         """Say why a request could not even be met by an idle limiter; None if it could."""

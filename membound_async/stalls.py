@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .quota import Ledger
     from .stocks import Account
 
-__all__ = ["StallWatch", "describe_stall"]
+__all__ = ["REPORTED", "StallWatch", "describe_stall"]
 
 REPORTED = 10
 """How many holders and waiters a report names, the largest and the oldest."""

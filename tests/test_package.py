@@ -18,16 +18,27 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 # Each layer imports only from itself and from those below it.
 LAYERS = (
     {"cli", "testing"},
-    {"component", "grant", "streams", "limiter"}
+    {"component", "grant", "streams", "limiter", "inbox", "accounts", "charges"}
     | {"live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},
+    {"deadlocks"},
     {"quota", "waiters", "rehearsal", "bounds", "registry", "verifier", "pressure", "settings"},
     {"fastpath"},
     {"statistics"},
     {"exceptions"},
     {"sizes"},
 )
-PURE = {"quota", "waiters", "bounds", "registry", "verifier", "pressure", "sizes", "exceptions"}
+PURE = {
+    "deadlocks",
+    "quota",
+    "waiters",
+    "bounds",
+    "registry",
+    "verifier",
+    "pressure",
+    "sizes",
+    "exceptions",
+}
 
 
 def run_python(program: str) -> str:

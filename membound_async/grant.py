@@ -219,7 +219,7 @@ class MemoryGrant(GrantState):
             GrantTooLarge: together with what it holds, it could never be had.
         """
         request = self._grow_request(nbytes, "grow")
-        self._changing = request
+        self._changing: Request | None = request
         try:
             await self._component._limiter._acquire(request, None)
         finally:
@@ -422,6 +422,8 @@ class MemoryGrant(GrantState):
         """Deliver it if it is in flight, and give back what is beyond these amounts."""
         options = self._options or PLAIN
         also = options.also
+        left = also
+        over: Mapping[str, int] = NOTHING
         if settle:
             kept = dict(also)
             for resource, amount in settle.items():
@@ -432,9 +434,7 @@ class MemoryGrant(GrantState):
                     )
                 kept[resource] = amount
             over = {name: amount - kept[name] for name, amount in also.items()}
-            left: Mapping[str, int] = {name: amount for name, amount in kept.items() if amount}
-        else:
-            over, left = NOTHING, also
+            left = {name: amount for name, amount in kept.items() if amount}
         if options.shares is not None:
             return
         limiter, account = self._component._limiter, self._component._account
@@ -576,7 +576,8 @@ def check_amounts(component: Component, also: Mapping[str, int]) -> Mapping[str,
     if not also:
         return NOTHING
     node = component._resolve()
-    limiter, amounts = node._limiter, {}
+    limiter = node._limiter
+    amounts: dict[str, int] = {}
     for resource, amount in also.items():
         if type(amount) is not int or not 0 <= amount <= MAX_BYTES:
             raise ValueError(f"{resource}={amount!r} must be a whole number, 0 or more")

@@ -11,22 +11,20 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Self, TypeVar
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 
 from .charges import Charge, check_count, measure
+from .component import Component
 from .context import current_component
 from .exceptions import QuotaExceeded
 from .grant import MemoryGrant, Options, check_amounts, find_component
 from .limiter import current_limiter
 from .sizes import size_of
 from .waiters import NOTHING
-
-if TYPE_CHECKING:
-    from .component import Component
 
 __all__ = ["Inbox", "InboxStatistics", "Received"]
 
@@ -286,7 +284,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         if sender is None:
             running = current_component()
             sender = None if running is None else running.path
-        elif hasattr(sender, "_limiter"):
+        elif isinstance(sender, Component):
             sender = sender.path
         if sender == component.path:
             sender = None

@@ -321,9 +321,7 @@ class MemoryLimiter(LimiterState):
 
         return Account(name, limits, self)
 
-    def _component(
-        self, path: str, minimum: int | str, firm_limit: int | str | None
-    ) -> Component:
+    def _component(self, path: str, minimum: int | str, firm_limit: int | str | None) -> Component:
         if minimum != 0 or firm_limit is not None:
             self.registry.declare(path, minimum=minimum, firm_limit=firm_limit)
         found = self._components.get(path)

@@ -235,11 +235,7 @@ class Ledger(Pool):
         now = (granted if granted > account.live else account.live) - account.reserved
         if draw > 0:
             free = self.free
-            if (
-                self._closed
-                or self._p is None
-                or self._q * (held + draw) > self._p * (free + held)
-            ):
+            if self._closed or self._p is None or self._q * (held + draw) > self._p * (free + held):
                 return False
             self.free = free = free + held - in_flight - (now if now > 0 else 0)
             if free < self._lowest_free:
@@ -949,20 +945,17 @@ class Ledger(Pool):
         if first is None or not stock.pools:
             stock.unrank()
             return
-        threshold = READY
-        if pool is None:
-            for pool in stock.pools:
-                threshold = self._threshold(first, stock, amount, pool)
-                if threshold != READY and threshold > pool.free:
-                    break
-        else:
-            threshold = self._threshold(first, stock, amount, pool)
-        if stock.ranked is not first or stock.ranked_in is not pool:
+        lacked, threshold = stock.pools[0], READY
+        for lacked in stock.pools if pool is None else (pool,):
+            threshold = self._threshold(first, stock, amount, lacked)
+            if threshold != READY and threshold > lacked.free:
+                break
+        if stock.ranked is not first or stock.ranked_in is not lacked:
             stock.unrank()
-            stock.ranked, stock.ranked_in = first, pool
-        pool.order.rank(first, threshold, stock.granted - stock.reserved)
-        if pool is not self:
-            self._stirred[pool] = None
+            stock.ranked, stock.ranked_in = first, lacked
+        lacked.order.rank(first, threshold, stock.granted - stock.reserved)
+        if lacked is not self:
+            self._stirred[lacked] = None
 
     @staticmethod
     def _amount(request: Request, stock: Stock) -> int:
@@ -1091,9 +1084,8 @@ class Ledger(Pool):
                     return None
             if threshold != READY and threshold > pool.free:
                 return None
-            if threshold == READY or not pool._closed:
-                if self._is_plain(first):
-                    return first
+            if (threshold == READY or not pool._closed) and self._is_plain(first):
+                return first
             lacks = self._lacks(first)
             if lacks is None:
                 return first

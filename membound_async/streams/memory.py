@@ -283,4 +283,6 @@ class create_memory_stream(  # noqa: N801
         """Make both ends."""
         check_count(max_items, "max_items")
         inbox = Inbox[T](component, size=size, max_messages=max_items)
-        return super().__new__(cls, (inbox.send_stream(f"stream {next(_numbers)}"), inbox.receive_stream()))
+        return super().__new__(
+            cls, (inbox.send_stream(f"stream {next(_numbers)}"), inbox.receive_stream())
+        )

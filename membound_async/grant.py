@@ -243,7 +243,7 @@ class MemoryGrant(GrantState):
             GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
         """
         request = self._grow_request(nbytes, "grow")
-        self._changing = request
+        self._changing: Request | None = request
         try:
             await self._component._limiter._acquire(request, None)
         finally:
@@ -450,6 +450,8 @@ class MemoryGrant(GrantState):
         if options.shares is not None:
             return
         also = options.also
+        left = also
+        over: Mapping[str, int] = NOTHING
         if settle:
             kept = dict(also)
             for resource, amount in settle.items():
@@ -460,9 +462,7 @@ class MemoryGrant(GrantState):
                     )
                 kept[resource] = amount
             over = {name: amount - kept[name] for name, amount in also.items()}
-            left: Mapping[str, int] = {name: amount for name, amount in kept.items() if amount}
-        else:
-            over, left = NOTHING, also
+            left = {name: amount for name, amount in kept.items() if amount}
         if options.sender is None and not also:
             return
         limiter, account = self._component._limiter, self._component._account
@@ -611,7 +611,8 @@ def check_amounts(component: Component, also: Mapping[str, int]) -> Mapping[str,
     if not also:
         return NOTHING
     node = component._resolve()
-    limiter, amounts = node._limiter, {}
+    limiter = node._limiter
+    amounts: dict[str, int] = {}
     for resource, amount in also.items():
         if type(amount) is not int or not 0 <= amount <= MAX_BYTES:
             raise ValueError(f"{resource}={amount!r} must be a whole number, 0 or more")

@@ -18,11 +18,12 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 # Each layer imports only from itself and from those below it.
 LAYERS = (
     {"cli", "testing"},
-    {"component", "grant", "streams", "limiter", "inbox", "accounts", "charges"}
-    | {"live", "reclaim", "stalls", "eventloop", "context"},
+    {"inbox", "streams", "accounts", "charges"},
+    {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
-    {"quota", "waiters", "rehearsal", "bounds", "registry", "verifier", "pressure", "settings"},
+    {"resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
     {"exceptions"},
@@ -31,6 +32,8 @@ LAYERS = (
 PURE = {
     "deadlocks",
     "quota",
+    "rules",
+    "stocks",
     "waiters",
     "bounds",
     "registry",

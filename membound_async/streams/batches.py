@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 
-from membound_async.charges import Charge, available_to, check_count, measure
+from membound_async.charges import Charge, available_to, belongs_to, check_count, measure
 from membound_async.eventloop import EventLoop, Handle, running_loop
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.grant import MemoryGrant, Options
@@ -150,7 +150,7 @@ class _Batch(Generic[T]):
         self._item: Any = NOTHING
         """What was read but is in no list yet, its size, and the charge it came with."""
         self._nbytes = 0
-        self._charge: Charge | None = None
+        self._charge: MemoryGrant | None = None
 
     async def fill(self, timer: _Reader[T] | None = None) -> None:
         """Read on until there is something to hand over, or nobody wants it any more.
@@ -199,17 +199,18 @@ class _Batch(Generic[T]):
             raise StopAsyncIteration from None
         if taken is None:
             return False
-        item, self._charge = taken
-        if not self._charge.belongs_to(self._component):
+        item, charge = taken
+        self._charge = charge
+        if not belongs_to(charge, self._component):
             size = self._size
-            self._nbytes = self._charge.size if size is None else measure(size, item)
+            self._nbytes = charge.size if size is None else measure(size, item)
         self._item = item
         return True
 
     async def _admit(self) -> bool:
         """See to it that the item that was read is paid for; False if it has to wait."""
         charge = self._charge
-        if charge is not None and charge.belongs_to(self._component):
+        if charge is not None and belongs_to(charge, self._component):
             self._charges.append(charge)
             self._charge = None
             return True

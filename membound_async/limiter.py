@@ -1029,7 +1029,7 @@ class MemoryLimiter(LimiterState):
             (grant._component._account, grant._holder, grant._size)
             for grant in self._grants.snapshot()
         ]
-        waiting = ledger.waiting()
+        waiting = ledger.all_waiting()
         holders = waiting_holders(ledger.accounts.values(), held, waiting)
         if not holders or loop is None or not all(loop.is_occupied(r.owner) for r in holders):
             return []

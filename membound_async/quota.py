@@ -490,7 +490,7 @@ class Ledger(Pool):
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
 
-    def waiting(self) -> list[Request]:
+    def all_waiting(self) -> list[Request]:
         """Give all requests that wait, the oldest first."""
         found = [each for account in self.accounts.values() for each in account.waiting()]
         return sorted(found, key=lambda request: request.arrival)
@@ -1181,9 +1181,10 @@ class Ledger(Pool):
         """
         own, fronts = stock.own, stock.fronts
         front = fronts.first() if fronts else None
+        least = fronts[front] if fronts and front is not None else READY
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
             # What its senders would take is what it waits for.
-            return (front,) if front is not None and fronts[front] == READY else ()
+            return (front,) if front is not None and least == READY else ()
         if front is None:
             return () if own is None else (own,)
         if self._over_firm(front, stock, self._amount(front, stock)):
@@ -1193,7 +1194,7 @@ class Ledger(Pool):
         if own.kind is Kind.ENTER or own.source is not None:
             return own, front
         needed = self._inner(own, stock, self._amount(own, stock))
-        return (min((fronts[front], front.arrival, front), (needed, own.arrival, own))[2],)
+        return (min((least, front.arrival, front), (needed, own.arrival, own))[2],)
 
     @staticmethod
     def _amount(request: Request, stock: Stock) -> int:
@@ -1212,8 +1213,9 @@ class Ledger(Pool):
     def _rank_senders_anew(self, stock: Stock) -> None:
         """Rank all who wait in a stock anew: the number of its senders has changed."""
         for ranking in (stock.fronts, stock.parked):
-            for front in [*(ranking or ())]:
-                ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
+            if ranking is not None:
+                for front in [*ranking]:
+                    ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
         self._rank(stock)
 
     def _head_of_two(self, queue: Queue) -> Request:

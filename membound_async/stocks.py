@@ -180,6 +180,11 @@ class Account(Stock):
         self.by_sender: dict[Hashable, Sender] = {}
         self.incoming: dict[Request, None] = {}
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for it: the component itself, or one of its senders."""
+        return any(stock.own is not None or stock.fronts for stock in self.stocks())
+
     def stocks(self) -> list[Stock]:
         """Give all its stocks, that of bytes first."""
         return [self, *self.others.values()]

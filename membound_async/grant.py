@@ -349,11 +349,14 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer")
+        if target is self._component:
+            return
         self._changing = request
         try:
             await self._component._limiter._acquire(request, None)
-        finally:
+        except BaseException:
             self._changing = None
+            raise
         self._moved_to(target)
 
     def transfer_nowait(self, component: Component | str) -> None:
@@ -367,7 +370,14 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer_nowait")
-        self._component._limiter._acquire_nowait(request)
+        if target is self._component:
+            return
+        self._changing = request
+        try:
+            self._component._limiter._acquire_nowait(request)
+        except BaseException:
+            self._changing = None
+            raise
         self._moved_to(target)
 
     def _target(self, component: Component | str) -> Component:
@@ -393,6 +403,7 @@ class MemoryGrant(GrantState):
 
     def _moved_to(self, target: Component) -> None:
         with target._limiter._lock:
+            self._changing = None
             if self._state != RELEASED:
                 self._component = target
                 self._holder = None  # handed on

@@ -8,8 +8,10 @@ who never receives holds up nothing but what is sent to it.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Self, TypeVar
 
@@ -20,6 +22,7 @@ import anyio.lowlevel
 from .charges import Charge, check_count, measure
 from .component import Component
 from .context import current_component
+from .eventloop import running_loop
 from .exceptions import QuotaExceeded
 from .grant import MemoryGrant, Options, check_amounts, find_component
 from .limiter import current_limiter
@@ -95,6 +98,45 @@ class Received(Generic[T]):
         self.release()
 
 
+class _Places:
+    """How many more messages there may be. Waiting is for tasks, the rest works anywhere."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: dict[anyio.Event, None] = {}
+
+    def take_nowait(self) -> bool:
+        """Take a place; False if there is none."""
+        if not self._free:  # and there is none while anybody waits
+            return False
+        self._free -= 1
+        return True
+
+    async def take(self) -> None:
+        """Wait for a place, in order, and take it."""
+        if self.take_nowait():
+            return
+        told = anyio.Event()
+        self._waiting[told] = None
+        try:
+            await told.wait()
+        except BaseException:
+            if told in self._waiting:
+                del self._waiting[told]
+            else:
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Give a place to who has waited longest, else have one more."""
+        if self._waiting:
+            told = next(iter(self._waiting))
+            del self._waiting[told]
+            told.set()
+        else:
+            self._free += 1
+
+
 class _Sending:
     """Somebody who waits to send."""
 
@@ -106,13 +148,11 @@ class _Sending:
 class _Receiving(Generic[T]):
     """Somebody who waits to receive."""
 
-    def __init__(self, end: object, patient: bool) -> None:
+    def __init__(self, end: object) -> None:
         self.end = end
-        self.patient = patient
-        """False if it would rather get nothing than wait for a sender that lacks memory."""
         self.told = anyio.Event()
         self.taken: Received[T] | None = None
-        self.dry = False
+        self.gave_up = False
 
 
 class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
@@ -168,18 +208,16 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         self._size: Callable[[T], int] = size_of if size is None else size
         self._overflow = overflow
         self._max_messages = max_messages
-        self._places = (
-            anyio.Semaphore(int(max_messages), fast_acquire=True)
-            if max_messages < math.inf
-            else None
-        )
+        self._places = _Places(int(max_messages)) if max_messages < math.inf else None
         self._settle = settle
         self._in_flight_only = in_flight_only
         self._buffer: deque[Received[T]] = deque()
         self._sending: dict[_Sending, None] = {}
         self._receiving: dict[_Receiving[T], None] = {}
-        self._lacking = 0
-        """How many senders wait for memory."""
+        self._handed_over = 0
+        """How many messages a receiver was given that has not run since."""
+        self._thread = 0
+        """That of the tasks that have waited here."""
         self._dropped = 0
         self._open_send_streams = self._open_receive_streams = 0
         self._ended = False
@@ -244,6 +282,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         Raises:
             QuotaExceeded: there is no room now, or the sender waits already.
         """
+        self._check_thread()
         charge = self._charge(message, sender, bytes, grant, also)
         self._check_open()
         self._admit_nowait(charge)
@@ -278,8 +317,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
     ) -> MemoryGrant:
         """Give what a message travels under; nothing is asked for yet."""
         if grant is not None:
-            if grant.size == 0 and grant.released:
-                raise ValueError(f"{grant!r} cannot be handed on; it is released")
+            grant._held_by("send")
             return grant
         component = self._component
         if component is None or component._limiter is None:
@@ -289,8 +327,10 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             sender = None if running is None else running.path
         elif isinstance(sender, Component):
             sender = sender.path
-        if sender == component.path:
-            sender = None
+        if sender is not None:
+            hash(sender)  # raises TypeError
+            if sender == component.path:
+                sender = None
         if nbytes is None:
             nbytes = measure(self._size, message)
         slices = component._limiter._ledger.knows(component._account, "slices")
@@ -335,66 +375,51 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
     def _admit_at_once(self, charge: MemoryGrant) -> bool:
         """Charge a message if there is nothing at all to wait for, not even delay."""
-        if self._places is not None:
-            try:
-                self._places.acquire_nowait()
-            except anyio.WouldBlock:
-                return False
+        if self._places is not None and not self._places.take_nowait():
+            return False
         if charge._is_held() or charge._acquire_at_once():
             return True
         if self._places is not None:
-            self._places.release()
+            self._places.give_back()
         return False
 
     def _admit_nowait(self, charge: MemoryGrant) -> None:
-        if self._places is not None:
-            try:
-                self._places.acquire_nowait()
-            except anyio.WouldBlock:
-                raise QuotaExceeded(
-                    self._receiver().path, 1, 0, "max_messages are there", "messages"
-                ) from None
+        if self._places is not None and not self._places.take_nowait():
+            path = self._receiver().path
+            raise QuotaExceeded(path, 1, 0, "max_messages are there", "messages")
         if not charge._is_held():
             try:
                 charge._acquire_nowait()
             except BaseException:
                 if self._places is not None:
-                    self._places.release()
+                    self._places.give_back()
                 raise
 
     async def _wait_to_send(self, end: object, charge: MemoryGrant) -> None:
-        """Wait for a place and for memory; when it is back, the message may be put."""
+        """Wait for memory and for a place; when it is back, the message may be put."""
         sending = _Sending(end)
         self._sending[sending] = None
-        placed = admitted = False
+        self._thread = threading.get_ident()
+        handed_in = charge._is_held()
+        placed = False
         try:
             with sending.scope:  # which closing cancels
+                # Memory first: who waits for that must not keep a place from others.
+                if not handed_in:
+                    await charge
                 if self._places is not None:
-                    await self._places.acquire()
+                    await self._places.take()
                 placed = True
-                if not charge._is_held():
-                    await self._wait_for_memory(charge)
-                admitted = True
             self._check_end(end)
+            charge._held_by("send")
         except BaseException:
-            if admitted:
+            if not handed_in:
                 charge._release()
             if placed and self._places is not None:
-                self._places.release()
+                self._places.give_back()
             raise
         finally:
             del self._sending[sending]
-
-    async def _wait_for_memory(self, charge: MemoryGrant) -> None:
-        self._lacking += 1
-        for receiving in [each for each in self._receiving if not each.patient]:
-            del self._receiving[receiving]
-            receiving.dry = True
-            receiving.told.set()
-        try:
-            await charge
-        finally:
-            self._lacking -= 1
 
     def _drop_oldest(self, sender: Hashable | None) -> bool:
         """Drop the oldest message of a sender; False if there is none."""
@@ -409,7 +434,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
     def _drop(self, received: Received[T]) -> None:
         received.release()
         if self._places is not None:
-            self._places.release()
+            self._places.give_back()
 
     def _put(self, message: T, charge: MemoryGrant) -> None:
         """Give a message to who has waited longest, else keep it."""
@@ -446,58 +471,80 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             anyio.ClosedResourceError: the inbox is closed.
             anyio.EndOfStream: nothing is left, and all send streams are closed.
         """
+        self._check_thread()
         return self._take_nowait()
 
-    async def _take(self, end: object, *, patient: bool = True) -> Received[T] | None:
-        """Wait for a message; unless ``patient``, not for a sender that lacks memory."""
+    async def _take(self, end: object, holding: Component | None = None) -> Received[T] | None:
+        """Wait for a message; None if others wait for what the caller holds for a component."""
+        holders: list[Component] = []
         try:
             return self._take_nowait()
         except anyio.WouldBlock:
-            if self._lacking and not patient:
-                return None
-        receiving = _Receiving[T](end, patient)
+            if holding is not None:
+                holders = [self._receiver(), holding._resolve()]
+                if any(each._account.is_waited_for for each in holders):
+                    return None
+        self._thread = threading.get_ident()
+        receiving = _Receiving[T](end)
         self._receiving[receiving] = None
+        for each in holders:
+            each._limiter._tell_of_waiters(
+                each._account, receiving, partial(self._give_up, receiving)
+            )
         try:
             await receiving.told.wait()
         except BaseException:
             self._receiving.pop(receiving, None)
             if receiving.taken is not None:
+                self._handed_over -= 1
                 self._put_back(receiving.taken)
+                self._tell_end()
             raise
+        finally:
+            for each in holders:
+                each._limiter._tell_no_more(each._account, receiving)
         if receiving.taken is not None:
+            self._handed_over -= 1
+            self._tell_end()
             return self._deliver(receiving.taken)
-        if receiving.dry:
+        if receiving.gave_up:
             return None
         raise anyio.EndOfStream if self._ended and not self._closed else anyio.ClosedResourceError
+
+    def _give_up(self, receiving: _Receiving[T]) -> None:
+        if receiving in self._receiving:
+            del self._receiving[receiving]
+            receiving.gave_up = True
+            receiving.told.set()
 
     def _take_nowait(self) -> Received[T]:
         if self._closed:
             raise anyio.ClosedResourceError
         if self._buffer:
             return self._deliver(self._buffer.popleft())
-        if self._ended:
+        if self._ended and not self._handed_over:
             raise anyio.EndOfStream
         raise anyio.WouldBlock
 
     def _deliver(self, received: Received[T]) -> Received[T]:
         grant = received.grant
         if self._places is not None:
-            self._places.release()
+            self._places.give_back()
         options = grant._options
         if options is not None:
             also = options.also
-            settle: Mapping[str, int] = NOTHING
-            if also:
-                settle = {each: 0 for each in self._in_flight_only if each in also}
-                if self._settle is not None:
-                    try:
+            try:
+                settle: dict[str, int] = {}
+                if also:
+                    settle = {each: 0 for each in self._in_flight_only if each in also}
+                    if self._settle is not None:
                         real = self._settle(received.message)
-                    except BaseException:
-                        received.release()
-                        raise
-                    for resource in real.keys() & also.keys():
-                        settle[resource] = min(real[resource], also[resource])
-            grant._settle(settle)
+                        for resource in real.keys() & also.keys():
+                            settle[resource] = min(real[resource], also[resource])
+                grant._settle(settle)
+            except BaseException:
+                received.release()
+                raise
         return received
 
     def _put_back(self, received: Received[T]) -> None:
@@ -512,6 +559,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
     def _hand_over(self, receiving: _Receiving[T], received: Received[T]) -> None:
         del self._receiving[receiving]
+        self._handed_over += 1
         receiving.taken = received
         receiving.told.set()
 
@@ -560,6 +608,35 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         for sending in self._sending:
             if end in (None, sending.end):
                 sending.scope.cancel()
+
+    def _wake_senders_soon(self) -> None:
+        """End the waits of all who send, from a finaliser, which may not do it itself."""
+        if self._sending:
+            component = self._component
+            loop = component._limiter._loop if component is not None else None
+            loop = loop or running_loop()
+            if loop is not None:
+                loop.call_soon(self._end_sending)
+
+    def _tell_end(self) -> None:
+        """End the waits of all who receive, if no message will come any more.
+
+        One that was handed over may come back, if its receiver was cancelled.
+        """
+        if self._ended and not self._handed_over:
+            self._end_receiving()
+
+    def _check_thread(self) -> None:
+        """Refuse to wake tasks from another thread than theirs.
+
+        Raises:
+            RuntimeError: tasks of an event loop in another thread wait here.
+        """
+        if (self._sending or self._receiving) and threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "an inbox is for one event loop, and tasks of another thread's wait here; from "
+                "a thread use anyio.from_thread.run(inbox.send, ...)"
+            )
 
     def _end_receiving(self, end: object = None) -> None:
         """End the waits of one who receives, or of all, with nothing."""

@@ -171,6 +171,8 @@ class MemoryLimiter(LimiterState):
         self._lock = threading.Lock()
         self._grants = Holders()
         self._abandoned: deque[tuple[Account, int, bool, Options | None]] = deque()
+        self._impatient: dict[Account, dict[object, Callable[[], None]]] = {}
+        """Who holds something of an account, and is to be told if somebody waits for that."""
         self._loop: EventLoop | None = None
         self._loop_token = self
         self._now = time.monotonic
@@ -754,7 +756,9 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             self._start_with_first_request(now)
             self._used = True
-            if self._observe:
+            if request.state is not State.NEW:
+                pass  # called off meanwhile
+            elif self._observe:
                 self._rehearse(request, now)
             else:
                 settled = self._ledger.request_nowait(request)
@@ -802,6 +806,22 @@ class MemoryLimiter(LimiterState):
                     request.task = current_task()
                     self._arm(self._loop)
         self._wake(settled)
+        if self._impatient and request.owner is not None:
+            for tell in [*self._impatient.get(request.account, {}).values()]:
+                if self._loop is not None and threading.get_ident() not in self._loop:
+                    self._loop.call_soon(tell)
+                else:
+                    tell()
+
+    def _tell_of_waiters(self, account: Account, who: object, tell: Callable[[], None]) -> None:
+        """Have somebody who holds something told, in the event loop, if others wait for that."""
+        self._impatient.setdefault(account, {})[who] = tell
+
+    def _tell_no_more(self, account: Account, who: object) -> None:
+        told = self._impatient.get(account, {})
+        told.pop(who, None)
+        if not told:
+            self._impatient.pop(account, None)
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
@@ -814,7 +834,9 @@ class MemoryLimiter(LimiterState):
         return delay
 
     def _ask(self, request: Request, now: float) -> list[Request]:
-        """Put the request to the ledger; with the lock held."""
+        """Put the request to the ledger, unless it was called off; with the lock held."""
+        if request.state is not State.NEW:
+            return []
         self._start_with_first_request(now)
         self._used = True
         if self._observe:

@@ -464,6 +464,7 @@ class Ledger(Pool):
         elif request.state is State.ADMITTED:
             request.state = State.CANCELLED
             return request.account
+        request.state = State.CANCELLED
         return source
 
     def undo(self, request: Request) -> list[Request] | tuple[()]:
@@ -476,6 +477,7 @@ class Ledger(Pool):
             exclusive=request.exclusive,
         )
         if request.source is not None:
+            request.state = State.CANCELLED
             again = Request(request.source, request.nbytes, also=request.also)
             return [*settled, *self.force(again)]
         return settled

@@ -188,6 +188,11 @@ class Account(Stock):
         for sender in self.by_sender.values():
             yield from sender.line
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for it: the component itself, or one of its senders."""
+        return any(stock.own is not None or stock.fronts for stock in self.stocks())
+
     def stocks(self) -> list[Stock]:
         """Give all its stocks, that of bytes first."""
         return [self, *self.others.values()]

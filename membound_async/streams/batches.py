@@ -49,7 +49,8 @@ class Batches(OneConsumer[list[T]]):
     reads ahead by one item at the most.
 
     The items of a memory stream (`create_memory_stream`) of the same component keep the
-    charge that they came with, and if a sender waits for memory, the list is handed over.
+    charge that they came with, and if anybody waits for memory of that component or of this
+    one, the list is handed over.
 
     One task at a time may iterate; if it is cancelled while it waits, everything that was
     read comes the next time. ``async with`` closes the source too, if it can be closed.
@@ -192,9 +193,9 @@ class _Batch(Generic[T]):
         self.complete = True
 
     async def _receive(self, stream: MemoryReceiveStream[T]) -> bool:
-        """Take an item with its charge; False if a sender waits for what this list holds."""
+        """Take an item with its charge; False if somebody waits for what this list holds."""
         try:
-            taken = await stream.take(patient=not self._items)
+            taken = await stream.take(holding=self._component if self._items else None)
         except anyio.EndOfStream:
             raise StopAsyncIteration from None
         if taken is None:

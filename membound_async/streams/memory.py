@@ -135,7 +135,7 @@ class MemorySendStream(_End, anyio.abc.ObjectSendStream[T]):
             inbox._open_send_streams -= 1
             if not inbox._open_send_streams:
                 inbox._ended = True
-                inbox._end_receiving()
+                inbox._tell_end()
             inbox._end_sending(self)
 
 
@@ -181,13 +181,15 @@ class MemoryReceiveStream(_End, anyio.abc.ObjectReceiveStream[T]):
         received = self._inbox.receive_nowait()
         return self._keep((received.message, received.grant))
 
-    async def take(self, *, patient: bool = True) -> tuple[T, MemoryGrant] | None:
+    async def take(self, *, holding: Component | None = None) -> tuple[T, MemoryGrant] | None:
         """Wait for an item and its charge, which the caller has to release; for iterators.
 
-        Unless ``patient``, give None rather than wait for a sender that waits for memory.
+        Args:
+            holding: whose memory the caller holds: give None rather than have others wait
+                for that, or for what the receiving component has.
         """
         self._check_open()
-        received = await self._inbox._take(self, patient=patient)
+        received = await self._inbox._take(self, holding)
         return None if received is None else (received.message, received.grant)
 
     def _check_open(self) -> None:
@@ -240,6 +242,7 @@ class MemoryReceiveStream(_End, anyio.abc.ObjectReceiveStream[T]):
         if not inbox._open_receive_streams:
             inbox._closed = True
             inbox._buffer.clear()
+            inbox._wake_senders_soon()
 
 
 class create_memory_stream(  # noqa: N801

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import partial
 from types import TracebackType
@@ -143,6 +143,8 @@ class _Sending:
     def __init__(self, end: object) -> None:
         self.end = end
         self.scope = anyio.CancelScope()
+        self.is_next = anyio.Event()
+        """Set when all that its sender has sent before is put in."""
 
 
 class _Receiving(Generic[T]):
@@ -213,6 +215,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         self._in_flight_only = in_flight_only
         self._buffer: deque[Received[T]] = deque()
         self._sending: dict[_Sending, None] = {}
+        self._lines: dict[Hashable | None, OrderedDict[_Sending, None]] = {}
+        """Those of each sender, in order."""
         self._receiving: dict[_Receiving[T], None] = {}
         self._handed_over = 0
         """How many messages a receiver was given that has not run since."""
@@ -375,6 +379,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
     def _admit_at_once(self, charge: MemoryGrant) -> bool:
         """Charge a message if there is nothing at all to wait for, not even delay."""
+        if self._lines and charge.sender in self._lines:
+            return False
         if self._places is not None and not self._places.take_nowait():
             return False
         if charge._is_held() or charge._acquire_at_once():
@@ -384,6 +390,9 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         return False
 
     def _admit_nowait(self, charge: MemoryGrant) -> None:
+        if self._lines and charge.sender in self._lines:
+            path = self._receiver().path
+            raise QuotaExceeded(path, charge._wanted, 0, "others of the sender wait already")
         if self._places is not None and not self._places.take_nowait():
             path = self._receiver().path
             raise QuotaExceeded(path, 1, 0, "max_messages are there", "messages")
@@ -399,6 +408,11 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         """Wait for memory and for a place; when it is back, the message may be put."""
         sending = _Sending(end)
         self._sending[sending] = None
+        sender = charge.sender
+        line = self._lines.setdefault(sender, OrderedDict())
+        if not line:
+            sending.is_next.set()
+        line[sending] = None
         self._thread = threading.get_ident()
         handed_in = charge._is_held()
         placed = False
@@ -410,6 +424,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
                 if self._places is not None:
                     await self._places.take()
                 placed = True
+                # Those that are admitted at once may run in any order.
+                await sending.is_next.wait()
             self._check_end(end)
             charge._held_by("send")
         except BaseException:
@@ -420,6 +436,11 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             raise
         finally:
             del self._sending[sending]
+            del line[sending]
+            if line:
+                next(iter(line)).is_next.set()
+            else:
+                del self._lines[sender]
 
     def _drop_oldest(self, sender: Hashable | None) -> bool:
         """Drop the oldest message of a sender; False if there is none."""

@@ -151,13 +151,13 @@ class MemoryGrant(GrantState):
         return self
 
     def _acquire_at_once(self) -> bool:
-        """Get it if there is nothing to wait for, not even delay; right after a checkpoint."""
-        self._begin()
+        """Get it if there is nothing to wait for, not even delay."""
+        if self._state != NEW or self._component._limiter is None:
+            self._begin()
+            self._state = NEW
         limiter = self._component._limiter
         if asyncio._get_running_loop() is limiter._loop_token:
             now = limiter._now()
-            if now >= limiter._yield_at:
-                limiter._has_yielded(now)
             if now < limiter._calm_until:
                 options, settled = self._options or PLAIN, None
                 with limiter._lock:
@@ -177,7 +177,6 @@ class MemoryGrant(GrantState):
                     if settled:
                         limiter._wake(settled)
                     return True
-        self._state = NEW
         return False
 
     def _is_held(self) -> bool:
@@ -455,6 +454,20 @@ class MemoryGrant(GrantState):
             raise ValueError("deliver: it is not in flight")
         self._settle(settle)
 
+    def _deliver_at_once(self) -> bool:
+        """Deliver it if it is of bytes only, and nobody waits; else do nothing, give False."""
+        options, component = self._options, self._component
+        if options is None or options.sender is None or options.shares is not None:
+            return False
+        limiter = component._limiter
+        with limiter._lock:
+            if self._state == HELD and limiter._ledger.deliver_at_once(
+                component._account, options.sender, self._size
+            ):
+                self._options = None
+                return True
+        return False
+
     def _settle(self, settle: Mapping[str, int]) -> None:
         """Deliver it if it is in flight, and give back what is beyond these amounts."""
         options = self._options or PLAIN
@@ -479,9 +492,6 @@ class MemoryGrant(GrantState):
         limiter, account = self._component._limiter, self._component._account
         with limiter._lock:
             self._held_by("deliver")
-            if not also and limiter._ledger.deliver_at_once(account, options.sender, self._size):
-                self._options = None
-                return
             self._options = options._replace(sender=None, also=left)
             if options.sender is None:
                 settled = limiter._ledger.give_back(account, 0, also=over)

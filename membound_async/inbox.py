@@ -7,10 +7,11 @@ who never receives holds up nothing but what is sent to it.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Hashable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Self, TypeVar
@@ -32,6 +33,8 @@ from .waiters import NOTHING
 __all__ = ["Inbox", "InboxStatistics", "Received"]
 
 T = TypeVar("T")
+
+bytes_type = bytes  # which is an argument's name below
 
 IN_FLIGHT_ONLY = frozenset({"fds"})
 """What is given back on delivery, unless an inbox says otherwise."""
@@ -265,8 +268,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             TypeError, ValueError: a size or an amount makes no sense, or nothing limits it.
             anyio.BrokenResourceError: the inbox is closed, or was closed meanwhile.
         """
-        await anyio.lowlevel.checkpoint()
         charge = self._charge(message, sender, bytes, grant, also)
+        await self._turn()
         if not self._send_at_once(message, charge):
             await self._send(self, message, charge)
 
@@ -336,11 +339,15 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             if sender == component.path:
                 sender = None
         if nbytes is None:
-            nbytes = measure(self._size, message)
+            if type(message) is bytes_type and self._size is size_of:
+                nbytes = len(message)
+            else:
+                nbytes = measure(self._size, message)
         slices = component._limiter._ledger.knows(component._account, "slices")
         if also or slices:
             also = check_amounts(component, {"slices": 1, **also} if slices else also)
-        return Charge(component, nbytes, Options(None, None, False, also or NOTHING, sender))
+        options = (None, None, False, also or NOTHING, sender, None)
+        return Charge(component, nbytes, tuple.__new__(Options, options))
 
     def _receiver(self) -> Component:
         component = self._component
@@ -350,6 +357,18 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             if not limiter.is_noop:
                 self._component = component
         return component._resolve()
+
+    def _turn(self) -> Coroutine[Any, Any, None]:
+        """Give what lets others run if that is due, as grants do, and is cancelled if it is to be."""
+        component = self._component
+        if component is not None and component._limiter is not None:
+            limiter = component._limiter
+            now = limiter._now()
+            if now < limiter._yield_at:
+                return anyio.lowlevel.checkpoint_if_cancelled()
+            if asyncio._get_running_loop() is limiter._loop_token:
+                limiter._has_yielded(now)
+        return anyio.lowlevel.checkpoint()
 
     def _send_at_once(self, message: T, charge: MemoryGrant) -> bool:
         """Send a message if there is nothing at all to wait for."""
@@ -477,7 +496,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             anyio.ClosedResourceError: the inbox is closed, or was closed meanwhile.
             anyio.EndOfStream: nothing is left, and all send streams are closed.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._turn()
         if self._buffer and not self._closed:
             return self._deliver(self._buffer.popleft())
         received = await self._take(self)
@@ -554,14 +573,14 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         options = grant._options
         if options is not None:
             also = options.also
+            if not also and grant._deliver_at_once():
+                return received
             try:
-                settle: dict[str, int] = {}
-                if also:
-                    settle = {each: 0 for each in self._in_flight_only if each in also}
-                    if self._settle is not None:
-                        real = self._settle(received.message)
-                        for resource in real.keys() & also.keys():
-                            settle[resource] = min(real[resource], also[resource])
+                settle = {each: 0 for each in self._in_flight_only if each in also}
+                if also and self._settle is not None:
+                    real = self._settle(received.message)
+                    for resource in real.keys() & also.keys():
+                        settle[resource] = min(real[resource], also[resource])
                 grant._settle(settle)
             except BaseException:
                 received.release()

@@ -95,8 +95,8 @@ class MemorySendStream(_End, anyio.abc.ObjectSendStream[T]):
             anyio.ClosedResourceError: this stream is closed, or was closed meanwhile.
             anyio.BrokenResourceError: all receive streams are closed, or were meanwhile.
         """
-        await anyio.lowlevel.checkpoint()
         inbox = self._inbox
+        await inbox._turn()
         inbox._check_end(self)
         charge = inbox._charge(item, self._sender, None, None, {})
         if not inbox._send_at_once(item, charge):
@@ -163,7 +163,7 @@ class MemoryReceiveStream(_End, anyio.abc.ObjectReceiveStream[T]):
             anyio.EndOfStream: nothing is left, and all send streams are closed.
         """
         self._give_back()
-        await anyio.lowlevel.checkpoint()
+        await self._inbox._turn()
         taken = await self.take()
         assert taken is not None
         return self._keep(taken)

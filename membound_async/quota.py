@@ -468,19 +468,28 @@ class Ledger(Pool):
         return source
 
     def undo(self, request: Request) -> list[Request] | tuple[()]:
-        """Take back what was charged for a request; of a transfer, charge the source again."""
-        settled = self.give_back(
-            request.account,
-            request.nbytes,
-            also=request.also,
-            sender=request.sender,
-            exclusive=request.exclusive,
-        )
-        if request.source is not None:
-            request.state = State.CANCELLED
-            again = Request(request.source, request.nbytes, also=request.also)
-            return [*settled, *self.force(again)]
-        return settled
+        """Take back what was charged for a request; of a transfer, charge the source again.
+
+        Nobody comes in between: what is transferred is not free at any time.
+        """
+        account, source = request.account, request.source
+        if source is None:
+            return self.give_back(
+                account,
+                request.nbytes,
+                also=request.also,
+                sender=request.sender,
+                exclusive=request.exclusive,
+            )
+        request.state = State.CANCELLED
+        for owner, sign in ((account, -1), (source, 1)):
+            for stock, amount in self._amounts(owner, request.nbytes, request.also):
+                self._add(stock, sign * amount, None)
+        self.moved += request.nbytes
+        if not self.waiters.count:
+            return ()
+        self._place(source)
+        return self._changed(account)
 
     def lift(self, barrier: Request) -> list[Request]:
         """Make a barrier an ordinary waiter again: what it waits for may be held for good.
@@ -1152,8 +1161,7 @@ class Ledger(Pool):
             stock: where they wait.
             lacking: one of them and the pool that it lacks, if that is known.
         """
-        firsts = self._firsts(stock) if stock.pools else ()
-        ranked = stock.ranked
+        firsts, ranked = self._firsts(stock), stock.ranked
         for request in [*ranked]:
             if request not in firsts:
                 stock.unrank(request)
@@ -1184,6 +1192,8 @@ class Ledger(Pool):
         own, fronts = stock.own, stock.fronts
         front = fronts.first() if fronts else None
         least = fronts[front] if fronts and front is not None else READY
+        if not stock.pools:
+            return ()
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
             # What its senders would take is what it waits for.
             return (front,) if front is not None and least == READY else ()
@@ -1260,9 +1270,11 @@ class Ledger(Pool):
                     self._put(front)  # which stops its count
                     continue
                 self.waiters.bar(front)
-                self._stir_all(front)
-                pools += (self, *self._stirred)  # it is a barrier in all that it draws on
-                self._place(front.account)
+                if len(front.orders) > 1:  # it is a barrier in all that it draws on
+                    self._stir_all(front)
+                    pools += (self, *self._stirred)
+                if front.sender is None:
+                    self._place(front.account)
             pool._closed = bool(order.barriers) or (pool is self and self._exclusive is not None)
 
     def _dispatch(self) -> list[Request]:

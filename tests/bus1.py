@@ -105,8 +105,7 @@ class Kernel:
                 return True
             held = receiver.held(resource)
             return all(
-                held + draw <= self.share * (free + held)
-                for free in self.pools(receiver, resource)
+                held + draw <= self.share * (free + held) for free in self.pools(receiver, resource)
             )
         if not amount:
             return True
@@ -114,8 +113,7 @@ class Kernel:
         held = receiver.held(resource)
         # What the receiver may have, less what is there that is not this sender's.
         left = [
-            self.share * (free + held) - (held - from_it)
-            for free in self.pools(receiver, resource)
+            self.share * (free + held) - (held - from_it) for free in self.pools(receiver, resource)
         ]
         if firm is not None:
             left.append(Fraction(firm - max(granted, reserve) - (sent - from_it)))

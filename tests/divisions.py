@@ -203,8 +203,13 @@ class World:
             if wish.sender is None:
                 unused = component.own(resource) - component.used(resource)
                 wanted = amount or wish.amounts == {BYTES: 0}
-                over = firm is not None and bool(wanted) and (
-                    component.granted.get(resource, 0) + component.sent(resource) + amount > firm
+                over = (
+                    firm is not None
+                    and bool(wanted)
+                    and (
+                        component.granted.get(resource, 0) + component.sent(resource) + amount
+                        > firm
+                    )
                 )
                 found.append(Need(resource, max(0, amount - unused), over))
                 continue
@@ -213,9 +218,7 @@ class World:
                 have = component.sent_by(resource, wish.sender)
                 granted = max(component.granted.get(resource, 0), component.reserve(resource))
                 part = self.part_of_sender(component, resource, wish.sender)
-                over = have + amount > part * (
-                    firm - granted - (component.sent(resource) - have)
-                )
+                over = have + amount > part * (firm - granted - (component.sent(resource) - have))
             found.append(Need(resource, amount, over))
         return found
 
@@ -331,7 +334,9 @@ class World:
 
     def numbers(self) -> dict[str, object]:
         """Everything that anybody has, to compare."""
-        found: dict[str, object] = {f"free {place}": self.free(place) for place in self.all_places()}
+        found: dict[str, object] = {
+            f"free {place}": self.free(place) for place in self.all_places()
+        }
         found |= {"drift": self.drift, "highest": self.highest}
         for name, each in self.components.items():
             found[f"{name} reserved"] = each.reserved, each.entries, each.live

@@ -18,6 +18,7 @@ from random import Random
 
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.quota import NO_LIMIT, Ledger
+from membound_async.stocks import Pool
 from membound_async.waiters import Kind, Request
 from tests.bus1 import DEFAULTS, RESOURCES, Amounts, Kernel, Receiver, Refused
 
@@ -56,7 +57,9 @@ class Both:
         self.kernel = Kernel(limits, groups, share)
         others = {resource: limits[resource] for resource in RESOURCES[1:]}
         self.ledger = Ledger(limits["bytes"], share=share, others=others)
-        self.pools = {(None, resource): pool for resource, pool in self.ledger.pools.items()}
+        self.pools: dict[tuple[int | None, str], Pool] = {
+            (None, resource): pool for resource, pool in self.ledger.pools.items()
+        }
         made = [self.ledger.group(group) for group in groups]
         for number, group in enumerate(made):
             self.pools |= {(number, resource): pool for resource, pool in group.items()}
@@ -201,7 +204,7 @@ class Both:
         Raises:
             Unequal: they disagree.
         """
-        wanted = {
+        wanted: dict[object, object] = {
             **{place: self.kernel.free(place[1], place[0]) for place in self.pools},
             **{
                 (name, resource): (receiver.granted[resource], receiver.in_flight[resource])

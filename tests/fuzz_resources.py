@@ -127,9 +127,7 @@ class Pair:
     def __init__(self, config: Config, make: MakeLedger = Watched) -> None:
         self.config = config
         groups = tuple(map(dict, config.groups))
-        self.world = World(
-            config.limit, config.share, config.baseline, dict(config.others), groups
-        )
+        self.world = World(config.limit, config.share, config.baseline, dict(config.others), groups)
         self.ledger = make(
             config.limit,
             baseline=config.baseline,
@@ -144,15 +142,13 @@ class Pair:
         made = [self.ledger.group(group) for group in groups]
         for number, group in enumerate(made):
             self.pools |= {(number, name): pool for name, pool in group.items()}
-        for name, minimum, firm, number in config.components:
+        for name, minimum, firm, group_number in config.components:
             limits = dict(firm)
             others = {r: n for r, n in limits.items() if r != BYTES}
-            account = self.ledger.account(
-                name, minimum, limits.get(BYTES, NO_LIMIT), others=others
-            )
-            if number is not None:
-                self.ledger.join(account, made[number])
-            self.world.components[name] = Component(name, minimum, limits, number)
+            account = self.ledger.account(name, minimum, limits.get(BYTES, NO_LIMIT), others=others)
+            if group_number is not None:
+                self.ledger.join(account, made[group_number])
+            self.world.components[name] = Component(name, minimum, limits, group_number)
         self.grants: dict[int, Grant] = {}
         self.waiting: dict[Request, Wish] = {}
         self.lines: dict[tuple[Component, str | None, bool], list[Request]] = {}
@@ -331,9 +327,7 @@ class Pair:
         others = {r: limits.get(r, NO_LIMIT) for r in (*component.firm, *limits) if r != BYTES}
         component.minimum, component.firm = minimum, limits
         account = self.ledger.accounts[name]
-        self.settled(
-            self.ledger.declare(account, minimum, limits.get(BYTES, NO_LIMIT), others)
-        )
+        self.settled(self.ledger.declare(account, minimum, limits.get(BYTES, NO_LIMIT), others))
         return "done"
 
     def do_lift(self, place: Place) -> str:
@@ -353,9 +347,7 @@ class Pair:
     def transfer_wish(self, ticket: int, grant: int, name: str) -> Wish:
         held = self.grants[grant]
         target = self.world.components[name]
-        return Wish(
-            ticket, "transfer", target, None, dict(held.amounts), source=held.component
-        )
+        return Wish(ticket, "transfer", target, None, dict(held.amounts), source=held.component)
 
     def request_for(self, wish: Wish) -> Request:
         account: Account = self.ledger.accounts[wish.component.name]
@@ -381,13 +373,13 @@ class Pair:
     def ask(self, wish: Wish, grant: Grant) -> str:
         request = self.request_for(wish)
         ledger = self.ledger
-        if wish.kind == "request" and wish.sender is None and not request.also and not wish.up_to:
-            if ledger.admit(request.account, request.nbytes):
-                must(not self.waiting and self.world.fits(wish), "the fast path admitted it")
-                self.world.admit(wish)
-                grant.amounts = dict(wish.amounts)
-                self.grants[wish.ticket] = grant
-                return "admitted"
+        is_plain = wish.kind == "request" and wish.sender is None and not wish.up_to
+        if is_plain and not request.also and ledger.admit(request.account, request.nbytes):
+            must(not self.waiting and self.world.fits(wish), "the fast path admitted it")
+            self.world.admit(wish)
+            grant.amounts = dict(wish.amounts)
+            self.grants[wish.ticket] = grant
+            return "admitted"
         self.of[wish.ticket] = grant
         self.waiting[request] = wish
         ledger.waiting[request] = None
@@ -416,9 +408,7 @@ class Pair:
                 must(not self.world.is_possible(wish), "it would be possible")
                 return "too large"
             must(
-                not self.world.fits(wish)
-                or bool(self.line_of(wish))
-                or self.is_closed_for(wish),
+                not self.world.fits(wish) or bool(self.line_of(wish)) or self.is_closed_for(wish),
                 f"refused without need: {error}",
             )
             return "refused"
@@ -473,15 +463,18 @@ class Pair:
         """Who is next of a component's own: the older barrier, a grow, a request."""
         fronts = self.own_fronts(component)
         barriers = [front for front in fronts if front.barrier]
-        return min(barriers, key=lambda each: each.arrival) if barriers else next(iter(fronts), None)
+        return (
+            min(barriers, key=lambda each: each.arrival) if barriers else next(iter(fronts), None)
+        )
 
     def first_barrier(self, place: Place, among: Iterable[Request]) -> Request | None:
-        found = [
-            each
-            for each in among
-            if each.barrier and self.pools[place].order in each.orders
-        ]
+        found = [each for each in among if each.barrier and self.pools[place].order in each.orders]
         return min(found, key=lambda each: each.arrival, default=None)
+
+    def is_first_everywhere(self, barrier: Request) -> bool:
+        """Whether it is the first barrier of all pools that it would draw on."""
+        drawn = self.world.drawn(self.waiting[barrier])
+        return all(self.first_barrier(place, self.waiting) is barrier for place in drawn)
 
     def is_parked(self, request: Request) -> bool:
         """Whether it waits for a firm limit, or behind a grow of its component that does."""
@@ -623,7 +616,9 @@ class Pair:
         for request, wish in self.waiting.items():
             must(world.is_possible(wish), f"{wish.ticket} waits for what cannot be")
             must(
-                not request.barrier or not world.parked_at(wish) or wish.sender is not None,
+                not request.barrier
+                or not world.parked_at(wish)
+                or (wish.sender is not None and not self.is_first_everywhere(request)),
                 f"{wish.ticket} is a barrier, but waits for a firm limit",
             )
         for front in self.fronts():
@@ -645,7 +640,7 @@ class Pair:
                 bool(drawn & closed),
                 f"{wish.ticket} could go on, but waits",
             )
-            first = all(self.first_barrier(place, self.waiting) is front for place in drawn)
+            first = self.is_first_everywhere(front)
             must(not first, f"the barrier {wish.ticket} could go on, but waits")
 
     def check_numbers(self) -> None:
@@ -673,8 +668,8 @@ class Pair:
             for stock in stocks:
                 component = world.components[name]
                 must(stock.in_flight == component.sent(stock.resource), f"{name}: in_flight")
-                senders = component.in_flight.get(stock.resource, {})
-                must(stock.senders == len(senders), f"{name}: senders")
+                by_sender = component.in_flight.get(stock.resource, {})
+                must(stock.senders == len(by_sender), f"{name}: senders")
             must(
                 all(each.held or each.line for each in account.by_sender.values()),
                 f"{name}: a sender without anything is remembered",
@@ -691,29 +686,59 @@ class Pair:
         """Everything that a refused request must leave as it is."""
         ledger = self.ledger
         return (
-            [(place, pool.free, pool.consumers, pool._closed, pool.order.passed,
-              dict(pool.order.heads), dict(pool.order.counting), dict(pool.order.barriers),
-              pool._lowest_free)
-             for place, pool in self.pools.items()],
             [
                 (
-                    account.name, account.reserved, account.entries, account.live,
-                    [(s.granted, s.in_flight, s.excess, s.senders, s.own, dict(s.ranked),
-                      dict(s.fronts or {})) for s in account.stocks() if _is_used(s)],
+                    place,
+                    pool.free,
+                    pool.consumers,
+                    pool._closed,
+                    pool.order.passed,
+                    dict(pool.order.heads),
+                    dict(pool.order.counting),
+                    dict(pool.order.barriers),
+                    pool._lowest_free,
+                )
+                for place, pool in self.pools.items()
+            ],
+            [
+                (
+                    account.name,
+                    account.reserved,
+                    account.entries,
+                    account.live,
+                    [
+                        (
+                            s.granted,
+                            s.in_flight,
+                            s.excess,
+                            s.senders,
+                            s.own,
+                            dict(s.ranked),
+                            dict(s.fronts or {}),
+                        )
+                        for s in account.stocks()
+                        if _is_used(s)
+                    ],
                     [(name, dict(s.held), list(s.line)) for name, s in account.by_sender.items()],
-                    list(account.incoming), account.admissions, account.peak,
+                    list(account.incoming),
+                    account.admissions,
+                    account.peak,
                 )
                 for account in ledger.accounts.values()
             ],
-            ledger.moved, ledger.look_at, ledger.waiters.count,
+            ledger.moved,
+            ledger.look_at,
+            ledger.waiters.count,
         )
 
     def check_available(self, name: str, sender: str | None) -> None:
         """Check that what is said to be available is, and no more."""
         component = self.world.components[name]
         account = self.ledger.accounts[name]
-        known = None if sender is None else account.by_sender.get(sender) or self.ledger.sender(
-            account, sender
+        known = (
+            None
+            if sender is None
+            else account.by_sender.get(sender) or self.ledger.sender(account, sender)
         )
         found = self.ledger.available(account, known)
         wish = Wish(0, "request", component, sender, {BYTES: found})
@@ -784,7 +809,7 @@ class _Generator:
     def config(self) -> Config:
         random = self.random
         limit = random.choice((12, 40, 100, 100, 400)) + random.randrange(5)
-        others = ()
+        others: tuple[tuple[str, int], ...] = ()
         if self.with_resources:
             others = (("fds", random.choice((4, 12, 30))),)
             if random.random() < 0.5:
@@ -827,9 +852,11 @@ class _Generator:
         random = self.random
         found = [(BYTES, random.randint(1, limit))] if random.random() < 0.6 else []
         if self.with_resources:
-            for resource in RESOURCES[1:]:
-                if random.random() < 0.4:
-                    found.append((resource, random.randint(1, 20)))
+            found += [
+                (resource, random.randint(1, 20))
+                for resource in RESOURCES[1:]
+                if random.random() < 0.4
+            ]
         return tuple(found)
 
     def ticket(self) -> int:
@@ -848,8 +875,13 @@ class _Generator:
             grant = random.choice(idle)
             held = pair.grants[grant]
             if held.sender is not None and random.random() < 0.4:
-                over = tuple([(r, random.randint(0, n)) for r, n in held.amounts.items()
-                              if r != BYTES and random.random() < 0.5])
+                over = tuple(
+                    [
+                        (r, random.randint(0, n))
+                        for r, n in held.amounts.items()
+                        if r != BYTES and random.random() < 0.5
+                    ]
+                )
                 return ("deliver", grant, over)
             if self.with_grows and random.random() < 0.25:
                 what = random.choice(("grow", "grow", "grow_now"))
@@ -920,15 +952,13 @@ class _Generator:
                 (explained, explained + random.randint(-10, 20), random.randrange(world.limit + 9))
             ),
         )
-        live = ()
+        live: tuple[tuple[str, int], ...] = ()
         if random.random() < 0.5:
             live = ((name, random.choice((0, 0, random.randrange(1 + world.limit // 2)))),)
         return ("observe", measured, live)
 
 
-def replay(
-    config: Config, operations: Iterable[Operation], make: MakeLedger = Watched
-) -> Pair:
+def replay(config: Config, operations: Iterable[Operation], make: MakeLedger = Watched) -> Pair:
     """Run operations, leaving out those that make no sense.
 
     Raises:
@@ -962,8 +992,8 @@ def episode(
                 seen["  admitted out of turn"] += not step.in_turn
                 seen["  admitted as a barrier"] += step.was_barrier
                 seen["  admitted beside a barrier"] += bool(step.barriers) and step.request.pooled
+            name = generator.random.choice(list(pair.world.components))
             try:
-                name = generator.random.choice(list(pair.world.components))
                 pair.check_available(name, generator.random.choice((None, *SENDERS)))
             except Broken as broken:
                 done.append(("available", name))
@@ -1042,7 +1072,8 @@ def fuzz(
                 except Broken as last:
                     broken = last
             lines = ",\n    ".join(map(repr, shortest))
-            return f"seed {seed}, episode {number}: {broken}\n" + (
+            return (
+                f"seed {seed}, episode {number}: {broken}\n"
                 f"replay(\n  {config},\n  [\n    {lines},\n  ],\n)"
             )
     if report:

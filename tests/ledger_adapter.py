@@ -272,6 +272,7 @@ class LedgerAdapter:
             p, q = ledger.rule.part(1)
             held = max(account.excess, 0)
             threshold = waiters.heads[head]
+            assert p is not None
             assert q * (held + draw) <= p * (threshold + held)
             assert q * (held + draw) > p * (threshold - 1 + held)
         assert waiters.heads[head] == threshold != READY

@@ -12,7 +12,7 @@ import pytest
 
 from membound_async.rules import Polynomial, Rule
 
-__all__ = ["CASES", "DESIGN", "OURS", "Case"]
+__all__ = ["CASES", "DESIGN", "HALF_CASES", "OURS", "Case"]
 
 HERE = Path(__file__).parent
 
@@ -24,6 +24,12 @@ class Case(NamedTuple):
     rule: Fraction | Rule
     operations: list[tuple[str, str, int, bool]]
     """``request`` or ``release``, the component, bytes, and whether it is admitted."""
+
+    @property
+    def share(self) -> Fraction:
+        """The part of what nobody else has; of a case of that rule."""
+        assert isinstance(self.rule, Fraction)
+        return self.rule
 
 
 def _read(path: Path) -> list[Any]:
@@ -48,3 +54,6 @@ DESIGN = Path(os.environ.get("VECTORS", HERE.parents[1] / "shared" / "vectors"))
 
 CASES = [case for path in (OURS, DESIGN) if path.exists() for case in _read(path)]
 """The cases of both rules: our copy, and the design's own."""
+
+HALF_CASES = [case for case in CASES if isinstance(case.values[0].rule, Fraction)]
+"""Those of the rule "half of what nobody else has"."""

@@ -149,6 +149,30 @@ PROGRAMS: dict[str, tuple[Config, list[Operation]]] = {
             ("ask", 44, "a", "z", (("bytes", 0),)),
         ],
     ),
+    "what a transfer frees changes with its source": (
+        Config(
+            100,
+            components=(("a", 10, (), None), *((name, 0, (), None) for name in "bcde")),
+        ),
+        [
+            ("enter", 9, "a"),
+            ("ask", 1, "a", None, (("bytes", 10),)),
+            ("ask", 2, "c", None, (("bytes", 45),)),
+            ("ask", 3, "d", None, (("bytes", 22),)),
+            ("ask", 4, "e", None, (("bytes", 9),)),
+            ("transfer", 5, 1, "b"),  # needs 20 of 14, and 10 once it is out of a's reserve
+            ("leave", "a"),
+        ],
+    ),
+    "what is reserved is not left for senders up to the firm limit": (
+        Config(100, components=(("b", 10, (("bytes", 20),), None),)),
+        [
+            ("enter", 9, "b"),
+            ("now", 1, "b", "x", (("bytes", 5),)),
+            ("now", 2, "b", "y", (("bytes", 3),)),
+            ("ask", 3, "b", "y", (("bytes", 3),)),
+        ],
+    ),
     "two ranked in one stock wait each for its pool": (
         Config(
             101,
@@ -182,7 +206,9 @@ def test_many_steps_are_legal_and_leave_nobody_behind(seed: int):
 # --- by hand
 
 
-def asked(ledger: Ledger, name: str, nbytes: int, sender: str | None = None, **also: int) -> Request:
+def asked(
+    ledger: Ledger, name: str, nbytes: int, sender: str | None = None, **also: int
+) -> Request:
     account = ledger.account(name)
     who = None if sender is None else ledger.sender(account, sender)
     request = Request(account, nbytes, also=also, sender=who)
@@ -219,7 +245,15 @@ def test_of_many_at_the_firm_limit_each_counts_again_in_turn():
     receiver = ledger.account("a", 0, 20)
     first = asked(ledger, "a", 8, "y")
     waiting = [asked(ledger, "a", 7, name) for name in ("x", "z", "w")]
-    for name, nbytes in (("b", 496), ("c", 248), ("d", 124), ("e", 62), ("f", 31), ("g", 9), ("h", 3)):
+    for name, nbytes in (
+        ("b", 496),
+        ("c", 248),
+        ("d", 124),
+        ("e", 62),
+        ("f", 31),
+        ("g", 9),
+        ("h", 3),
+    ):
         assert asked(ledger, name, nbytes).state is State.ADMITTED
     assert not ledger.waiters.counting
     assert ledger.give_back(receiver, 6, sender=first.sender) == []
@@ -229,6 +263,21 @@ def test_of_many_at_the_firm_limit_each_counts_again_in_turn():
         counting.append(len(ledger.waiters.counting))
     assert counting == [1, 2, 3]
     assert all(each.state is State.WAITING for each in waiting)
+
+
+def test_a_transfer_undone_is_never_free_in_between():
+    ledger = Ledger(20, share=Fraction(1), others={"fds": 4})
+    grant = asked(ledger, "a", 10, fds=3)
+    transfer = Request(ledger.account("b"), 10, also={"fds": 3}, source=grant.account)
+    assert ledger.request(transfer) == [transfer]
+    assert ledger.undo(transfer) == ()
+    assert (grant.account.granted, transfer.account.granted, ledger.free) == (10, 0, 10)
+    again = Request(ledger.account("b"), 10, also={"fds": 3}, source=grant.account)
+    assert ledger.request_nowait(again) == []
+    waiting = asked(ledger, "c", 15)
+    assert ledger.undo(again) == []
+    assert (waiting.state, ledger.free, ledger.pools["fds"].free) == (State.WAITING, 10, 1)
+    assert ledger.give_back(grant.account, 10, also={"fds": 3}) == [waiting]
 
 
 # --- the checker must find what is wrong
@@ -261,7 +310,7 @@ def test_a_broken_ledger_is_found_and_the_operations_are_few(make: type[Watched]
     program, names = found.partition("\n")[2], {"Config": Config, "Fraction": Fraction}
     exec(program, names | {"replay": replay})
     with pytest.raises(Broken):
-        exec(program, names | {"replay": lambda *each: replay(*each, make)})
+        exec(program, names | {"replay": lambda config, done: replay(config, done, make)})
 
 
 def test_the_driver_from_a_command_line(

@@ -33,7 +33,7 @@ from typing import NamedTuple, Protocol
 import anyio
 import psutil
 
-from membound_async import Inbox, MemoryLimiter, QuotaExceeded
+from membound_async import GrantTooLarge, Inbox, MemoryLimiter, QuotaExceeded
 from membound_async.sizes import human_size
 
 DOCUMENT_BYTES = 16 * 1024
@@ -200,7 +200,7 @@ async def serve(endpoint: Endpoint) -> Usage:
         try:
             connection.tenant = (await reader.readline()).decode().strip()
             await endpoint.take_in(connection)
-        except* (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except* (OSError, asyncio.IncompleteReadError, asyncio.CancelledError, GrantTooLarge):
             writer.close()
 
     listening = socket.create_server(("127.0.0.1", 0))
@@ -267,6 +267,7 @@ class Clients:
             with contextlib.suppress(ConnectionError):
                 _, writer = await self.connect(HOSTILE, DOCUMENT_BYTES)
                 with contextlib.closing(writer):
+                    assert isinstance(writer.transport, asyncio.Transport)
                     writer.transport.pause_reading()
                     await self.send(writer)
             self.disconnected += 1

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Hashable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -33,8 +33,6 @@ from .waiters import NOTHING
 __all__ = ["Inbox", "InboxStatistics", "Received"]
 
 T = TypeVar("T")
-
-bytes_type = bytes  # which is an argument's name below
 
 IN_FLIGHT_ONLY = frozenset({"fds"})
 """What is given back on delivery, unless an inbox says otherwise."""
@@ -339,10 +337,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             if sender == component.path:
                 sender = None
         if nbytes is None:
-            if type(message) is bytes_type and self._size is size_of:
-                nbytes = len(message)
-            else:
-                nbytes = measure(self._size, message)
+            nbytes = measure(self._size, message)
         slices = component._limiter._ledger.knows(component._account, "slices")
         if also or slices:
             also = check_amounts(component, {"slices": 1, **also} if slices else also)
@@ -359,7 +354,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         return component._resolve()
 
     def _turn(self) -> Coroutine[Any, Any, None]:
-        """Give what lets others run if that is due, as grants do, and is cancelled if it is to be."""
+        """Give what lets others run if that is due, and is cancelled if it is to be."""
         component = self._component
         if component is not None and component._limiter is not None:
             limiter = component._limiter

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .accounts import Account, AccountUsage
 from .bounds import ComponentBounds, MemoryBounds, MemoryBoundsBuilder, UsageExpr
 from .component import Component
 from .context import current_component
 from .exceptions import (
     BoundsError,
     FirmLimitExceedsAvailable,
+    GrantDeadlock,
     GrantError,
     GrantReleased,
     GrantTimeout,
@@ -20,22 +22,34 @@ from .exceptions import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    ReclaimReentry,
     TrackingError,
     TrackingUnavailable,
     UnknownComponent,
 )
 from .grant import MemoryGrant, grant, grant_nowait
+from .inbox import Inbox, InboxStatistics, Received
 from .limiter import MemoryLimiter, current_limiter
 from .limits import MemoryLimit
 from .pressure import PressurePolicy
 from .probes import MemoryProbe, PressureStall
+from .reclaim import Reclaimer
 from .registry import ComponentRegistry
+from .resources import ResourceLimits
+from .rules import Polynomial
 from .settings import LimiterSettings
-from .statistics import ComponentStatistics, LimiterStatistics
+from .statistics import (
+    ComponentStatistics,
+    LimiterStatistics,
+    ReclaimerStatistics,
+    ResourceStatistics,
+)
 from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
 
 __all__ = [
+    "Account",
+    "AccountUsage",
     "BoundsError",
     "BoundsVerifier",
     "Component",
@@ -43,10 +57,13 @@ __all__ = [
     "ComponentRegistry",
     "ComponentStatistics",
     "FirmLimitExceedsAvailable",
+    "GrantDeadlock",
     "GrantError",
     "GrantReleased",
     "GrantTimeout",
     "GrantTooLarge",
+    "Inbox",
+    "InboxStatistics",
     "InsufficientMinimumMemory",
     "InvalidComponentBounds",
     "InvalidLimit",
@@ -62,9 +79,16 @@ __all__ = [
     "MemoryLimiter",
     "MemoryProbe",
     "NoCurrentLimiter",
+    "Polynomial",
     "PressurePolicy",
     "PressureStall",
     "QuotaExceeded",
+    "Received",
+    "ReclaimReentry",
+    "Reclaimer",
+    "ReclaimerStatistics",
+    "ResourceLimits",
+    "ResourceStatistics",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",

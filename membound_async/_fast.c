@@ -41,8 +41,10 @@ enum { NEW, ASKED, HELD, ALONE, RELEASED }; /* as in fastpath.py */
 
 static long long max_bytes; /* membound_async.sizes.MAX_BYTES */
 static PyObject *parse_size, *monotonic, *get_running_loop, *lock_type;
-static PyObject *str_account, *str_acquire, *str_admit, *str_limiter, *str_locked, *str_lost,
-    *str_release;
+static PyObject *current_tasks; /* asyncio's, by loop; NULL where it has no such dict */
+static PyObject *current_task;
+static PyObject *str_account, *str_acquire, *str_admit, *str_enter, *str_limiter, *str_locked,
+    *str_lost, *str_release;
 
 /* --- state ------------------------------------------------------------------------------- */
 
@@ -190,6 +192,7 @@ typedef struct Link {
 typedef struct {
     PyObject_HEAD
     PyObject *component, *options, *limiter, *account;
+    PyObject *holder;   /* the task whose block it is */
     PyObject *weakrefs; /* not ours to visit */
     Link link;
     long long wanted, size;
@@ -385,10 +388,24 @@ static int admit_past_waiters(PyObject *limiter, PyObject *account, long long nb
     return admitted;
 }
 
-/* Get a grant at once: 1 if it is held now, 0 if Python must decide, -1 on an exception. */
-static int take(Grant *self)
+/* The task that runs in a loop of asyncio, or None; NULL on an exception. */
+static PyObject *task_of(PyObject *loop)
 {
-    PyObject *limiter = NULL, *account = NULL, *loop = NULL, *holders = NULL;
+    if (current_tasks == NULL) {
+        return PyObject_CallOneArg(current_task, loop);
+    }
+    PyObject *task = PyDict_GetItemWithError(current_tasks, loop);
+    if (task == NULL && PyErr_Occurred()) {
+        return NULL;
+    }
+    return Py_NewRef(task == NULL ? Py_None : task);
+}
+
+/* Get a grant at once, for a block of the running task or for whoever will have it: 1 if it is
+ * held now, 0 if Python must decide, -1 on an exception. */
+static int take(Grant *self, bool for_block)
+{
+    PyObject *limiter = NULL, *account = NULL, *loop = NULL, *holders = NULL, *holder = NULL;
     struct timespec clock;
     int taken = 0;
     if (self->state != NEW || self->options != Py_None || self->component == NULL) {
@@ -403,6 +420,10 @@ static int take(Grant *self)
     Limiter *from = (Limiter *)limiter;
     if (!HAS_TYPE(limiter, Limiter) || !HAS_TYPE(account, Account) || loop != from->loop_token ||
         from->now != monotonic || clock_gettime(CLOCK_MONOTONIC, &clock) != 0) {
+        goto done;
+    }
+    if (for_block && (holder = task_of(loop)) == NULL) {
+        taken = -1;
         goto done;
     }
     double now = (double)(clock.tv_sec * 1000000000LL + clock.tv_nsec) / 1e9;
@@ -420,12 +441,14 @@ static int take(Grant *self)
         self->limiter = Py_NewRef(limiter);
         self->account = Py_NewRef(account);
         put_in((Holders *)holders, self);
+        Py_XSETREF(self->holder, Py_XNewRef(holder));
     }
 done:
     Py_XDECREF(limiter);
     Py_XDECREF(account);
     Py_XDECREF(loop);
     Py_XDECREF(holders);
+    Py_XDECREF(holder);
     return taken;
 }
 
@@ -451,6 +474,7 @@ static bool give_back(Grant *self)
     self->size = 0;
     self->state = RELEASED;
     take_out(self);
+    Py_CLEAR(self->holder);
     return true;
 }
 
@@ -510,13 +534,18 @@ static int grant_init(PyObject *self, PyObject *args, PyObject *kwargs)
 }
 
 /* What to await: had at once, the grant itself; else the coroutine that gets it. */
-static PyObject *grant_aenter(PyObject *self, PyObject *Py_UNUSED(unused))
+static PyObject *get(PyObject *self, bool for_block)
 {
-    int taken = take((Grant *)self);
+    int taken = take((Grant *)self, for_block);
     if (taken == 0) {
-        return PyObject_CallMethodNoArgs(self, str_acquire);
+        return PyObject_CallMethodNoArgs(self, for_block ? str_enter : str_acquire);
     }
     return taken > 0 ? Py_NewRef(self) : NULL;
+}
+
+static PyObject *grant_aenter(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+    return get(self, true);
 }
 
 /* A grant that is held is the iterator of its own await, which is at its end. */
@@ -525,7 +554,7 @@ static PyObject *grant_await(PyObject *self)
     if (((Grant *)self)->state == HELD) {
         return Py_NewRef(self);
     }
-    PyObject *awaitable = grant_aenter(self, NULL), *iterator = NULL;
+    PyObject *awaitable = get(self, false), *iterator = NULL;
     if (awaitable == self) {
         return self;
     }
@@ -577,7 +606,7 @@ static void grant_finalize(PyObject *self)
     }
 }
 
-COLLECTABLE(grant, 4)
+COLLECTABLE(grant, 5)
 
 static void grant_dealloc(PyObject *self)
 {
@@ -593,6 +622,7 @@ static void grant_dealloc(PyObject *self)
 static PyMemberDef grant_members[] = {
     OBJECT(Grant, component, "_component"),
     OBJECT(Grant, options, "_options"),
+    MEMBER(Grant, holder, "_holder", T_OBJECT), /* None where there is none */
     MEMBER(Grant, wanted, "_wanted", T_LONGLONG),
     MEMBER(Grant, size, "_size", T_LONGLONG),
     MEMBER(Grant, since, "_since", T_DOUBLE),
@@ -646,8 +676,8 @@ static int fast_exec(PyObject *module)
         const char *text;
     } words[] = {
         {&str_account, "_account"}, {&str_acquire, "_acquire"}, {&str_admit, "_admit"},
-        {&str_limiter, "_limiter"}, {&str_locked, "locked"},    {&str_lost, "_lost"},
-        {&str_release, "_release"},
+        {&str_enter, "_enter"},     {&str_limiter, "_limiter"}, {&str_locked, "locked"},
+        {&str_lost, "_lost"},       {&str_release, "_release"},
     };
     for (size_t i = 0; i < Py_ARRAY_LENGTH(words); i++) {
         if ((*words[i].word = PyUnicode_InternFromString(words[i].text)) == NULL) {
@@ -670,8 +700,14 @@ static int fast_exec(PyObject *module)
     if (max_bytes < 0 || (parse_size = attribute("membound_async.sizes", "parse_size")) == NULL ||
         (monotonic = attribute("time", "monotonic")) == NULL ||
         (get_running_loop = attribute("asyncio", "_get_running_loop")) == NULL ||
+        (current_task = attribute("asyncio", "current_task")) == NULL ||
         (lock_type = attribute("_thread", "LockType")) == NULL) {
         return -1;
+    }
+    current_tasks = attribute("asyncio.tasks", "_current_tasks");
+    if (current_tasks == NULL || !PyDict_CheckExact(current_tasks)) {
+        PyErr_Clear();
+        Py_CLEAR(current_tasks);
     }
     return 0;
 }

@@ -67,8 +67,11 @@ class Account:
                 return component
             if account.group is not None:
                 raise ValueError(f"{component!r} is another account's already")
-            if account.entries or account.queue or account.by_sender or any(
-                stock.granted or stock.in_flight for stock in account.stocks()
+            if (
+                account.entries
+                or account.queue
+                or account.by_sender
+                or any(stock.granted or stock.in_flight for stock in account.stocks())
             ):
                 raise ValueError(
                     f"{component!r} is in use; make it one of {self.name!r} before it is used"

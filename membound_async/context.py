@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from .allocator import AllocationScope
     from .component import Component
     from .limiter import MemoryLimiter
+    from .reclaim import Call
 
 __all__ = [
     "Scope",
+    "current_call",
     "current_component",
     "current_scope",
     "entered_limiters",
@@ -29,6 +31,9 @@ class Scope(NamedTuple):
 
 
 current_scope: ContextVar[Scope | None] = ContextVar("membound_scope", default=None)
+
+current_call: ContextVar[Call | None] = ContextVar("membound_call", default=None)
+"""The call of a reclaimer that this code belongs to, be it over or not."""
 
 entered_limiters: list[MemoryLimiter] = []
 """The limiters that the process has entered, each once."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["EventLoop", "Handle", "ThreadPlace", "running_loop"]
+__all__ = ["EventLoop", "Handle", "ThreadPlace", "current_task", "running_loop"]
 
 
 class Handle(ABC):
@@ -56,6 +56,10 @@ class EventLoop(ABC):
         """End the wait at a place. In the loop's thread; a wait that is over is left alone."""
 
     @abstractmethod
+    def is_occupied(self, place: Any) -> bool:
+        """Whether somebody waits at a place, who was neither woken nor cancelled yet."""
+
+    @abstractmethod
     def call_soon(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` in the loop, from any thread; nothing if the loop has ended."""
 
@@ -88,6 +92,9 @@ class _AsyncioLoop(EventLoop):
     def wake(self, place: asyncio.Future[None]) -> None:
         if not place.done() and not self._loop.is_closed():
             place.set_result(None)
+
+    def is_occupied(self, place: asyncio.Future[None]) -> bool:
+        return not place.done()
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         try:
@@ -163,6 +170,9 @@ class _TrioLoop(EventLoop):
             if place.task is not None:
                 self._trio.lowlevel.reschedule(place.task)
 
+    def is_occupied(self, place: _TrioPlace) -> bool:
+        return not place.woken
+
     def call_soon(self, callback: Callable[[], object]) -> None:
         try:
             self._token.run_sync_soon(callback)
@@ -218,4 +228,15 @@ def running_loop() -> EventLoop | None:
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():
         return _TrioLoop()
+    return None
+
+
+def current_task() -> Any:
+    """Give the task of asyncio or trio that is running in this thread; None if none is."""
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return asyncio.current_task(loop)
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return trio.lowlevel.current_task()
     return None

@@ -12,11 +12,13 @@
     │   ├── QuotaExceeded                not now (``grant_nowait``)
     │   ├── GrantTooLarge                never
     │   ├── GrantTimeout                 not in time (also a ``TimeoutError``)
+    │   ├── GrantDeadlock                never, unless somebody who waits as well gives up
     │   └── GrantReleased                the grant was given back already
     ├── LimitError
     │   ├── LimitNotDetected             nothing says how much memory there is
     │   ├── InvalidLimit                 the limit, or what it is measured with, makes no sense
     │   └── NoCurrentLimiter             it is not clear which limiter is meant
+    ├── ReclaimReentry                   a reclaimer asks for memory itself
     └── TrackingError                    allocations cannot be counted like that
         └── TrackingUnavailable          nor here at all
 
@@ -32,6 +34,7 @@ from .sizes import format_size
 __all__ = [
     "BoundsError",
     "FirmLimitExceedsAvailable",
+    "GrantDeadlock",
     "GrantError",
     "GrantReleased",
     "GrantTimeout",
@@ -44,6 +47,7 @@ __all__ = [
     "MemboundError",
     "NoCurrentLimiter",
     "QuotaExceeded",
+    "ReclaimReentry",
     "TrackingError",
     "TrackingUnavailable",
     "UnknownComponent",
@@ -264,6 +268,33 @@ class GrantTimeout(GrantError, TimeoutError):
         )
 
 
+class GrantDeadlock(GrantError):
+    """All who hold memory wait for more, and none of them can be given any.
+
+    The youngest of them gets it. The others go on as soon as its blocks have given back what
+    they hold.
+
+    Attributes:
+        component: who asked.
+        wanted_bytes: what was asked for.
+        holders: who holds what: pairs of a component and its granted bytes, the most first.
+    """
+
+    def __init__(
+        self, component: str, wanted_bytes: int, holders: tuple[tuple[str, int], ...]
+    ) -> None:
+        self.component = component
+        self.wanted_bytes = wanted_bytes
+        self.holders = holders
+        held = ", ".join(f"{name!r}: {format_size(nbytes)}" for name, nbytes in holders[:5])
+        more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+        super().__init__(
+            f"component {component!r} waited for {format_size(wanted_bytes)}, but all who hold "
+            f"memory wait for more ({held}{more}); ask once for all that is needed, for example "
+            "with up_to=, or give back before asking again"
+        )
+
+
 class GrantReleased(GrantError):
     """The grant was given back already and cannot be used any more.
 
@@ -325,6 +356,26 @@ class NoCurrentLimiter(LimitError, LookupError):
         super().__init__(reason)
 
     __str__ = Exception.__str__
+
+
+class ReclaimReentry(MemboundError):
+    """A reclaimer has asked for memory while it was to free some; it was given none.
+
+    Attributes:
+        reclaimer: its name.
+        component: for whom it asked.
+        wanted_bytes: what it asked for.
+    """
+
+    def __init__(self, reclaimer: str, component: str, wanted_bytes: int) -> None:
+        self.reclaimer = reclaimer
+        self.component = component
+        self.wanted_bytes = wanted_bytes
+        super().__init__(
+            f"reclaimer {reclaimer!r} asked for {format_size(wanted_bytes)} for component "
+            f"{component!r} while it was to free memory; have it release and shrink grants "
+            "only, and ask for what it needs before, when it is registered"
+        )
 
 
 class TrackingError(MemboundError):

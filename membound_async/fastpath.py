@@ -130,8 +130,19 @@ class LimiterState:
 class GrantState:
     """What a grant holds, and how it gets and gives back that; see ``grant.MemoryGrant``."""
 
-    __slots__ = ("__weakref__", "_component", "_options", "_since", "_size", "_state", "_wanted")
+    __slots__ = (
+        "__weakref__",
+        "_component",
+        "_holder",
+        "_options",
+        "_since",
+        "_size",
+        "_state",
+        "_wanted",
+    )
     _component: Component
+    _holder: object
+    """The task whose ``async with`` block it is; None if it is nobody's, and may be anywhere."""
     _options: Options | None
     _since: float
     _size: int
@@ -146,6 +157,7 @@ class GrantState:
     ) -> None:
         self._state = NEW  # first, for the finaliser of one that is refused here
         self._component = component
+        self._holder = None
         if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
             nbytes = parse_size(nbytes, "nbytes")
         self._wanted = nbytes
@@ -154,6 +166,27 @@ class GrantState:
 
     async def __aenter__(self) -> Self:
         # Everything that is not the fast path is in _acquire.
+        if self._take():
+            self._holder = asyncio.current_task(self._component._limiter._loop_token)
+            return self
+        return await self._enter()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self._get().__await__()
+
+    async def _get(self) -> Self:
+        return self if self._take() else await self._acquire()
+
+    def _take(self) -> bool:
+        """Get it at once; False says only that ``_acquire`` must decide."""
         component = self._component
         limiter = component._limiter
         if (
@@ -168,19 +201,8 @@ class GrantState:
                 self._size = self._wanted
                 self._state = HELD
                 limiter._grants.add(self)
-                return self
-        return await self._acquire()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._release()
-
-    def __await__(self) -> Generator[Any, Any, Self]:
-        return self.__aenter__().__await__()
+                return True
+        return False
 
     def __del__(self) -> None:
         if self._state == HELD or self._state == ALONE:
@@ -189,7 +211,9 @@ class GrantState:
 
     if TYPE_CHECKING:  # what MemoryGrant has
 
-        def _acquire(self) -> Coroutine[Any, Any, Self]: ...
+        def _acquire(self, holder: object = None) -> Coroutine[Any, Any, Self]: ...
+
+        def _enter(self) -> Coroutine[Any, Any, Self]: ...
 
         def _release(self) -> None: ...
 

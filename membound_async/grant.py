@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import warnings
 from collections.abc import Coroutine, Hashable, Iterable, Mapping
@@ -9,6 +10,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from .context import current_component, current_scope
+from .eventloop import current_task
 from .exceptions import GrantReleased
 from .fastpath import ALONE, ASKED, HELD, NEW, RELEASED, GrantState
 from .sizes import MAX_BYTES, format_size, parse_size
@@ -46,6 +48,9 @@ class Shares:
 
 PLAIN = Options()
 
+SEVERAL = object()
+"""The holder of a grant that several tasks have entered: each of them may give it back."""
+
 
 class MemoryGrant(GrantState):
     """Bytes that a component may use, from ``async with`` until its end.
@@ -56,7 +61,8 @@ class MemoryGrant(GrantState):
         g = await component.grant(65536)                 # waits; given back by g.release()
         with component.grant(65536) as g: ...            # in a thread, which is blocked
 
-    Getting it may raise ``GrantTooLarge`` (at once) and ``GrantTimeout``. Cancelled while it
+    Getting it may raise ``GrantTooLarge`` (at once), ``GrantTimeout`` and, in a task that holds
+    others in ``async with`` blocks, ``GrantDeadlock``. Cancelled while it
     waits or is delayed, it leaves nothing behind. Giving back never waits and cannot fail.
     """
 
@@ -115,13 +121,19 @@ class MemoryGrant(GrantState):
     ) -> None:
         self._release()
 
-    def _acquire(self) -> Coroutine[Any, Any, Self]:
+    def _enter(self) -> Coroutine[Any, Any, Self]:
+        return self._acquire(current_task())
+
+    def _acquire(self, holder: object = None) -> Coroutine[Any, Any, Self]:
         if self._begin():
+            self._holder = holder
             limiter = self._component._limiter
             acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
                 self._request(), self._timeout, self
             )
             return acquiring
+        if holder is not None:
+            self._holder = holder if self._holder in (None, holder) else SEVERAL
         return self._held_already()
 
     async def _held_already(self) -> Self:
@@ -137,6 +149,38 @@ class MemoryGrant(GrantState):
             raise
         self._hold(request)
         return self
+
+    def _acquire_at_once(self) -> bool:
+        """Get it if there is nothing to wait for, not even delay."""
+        if self._state != NEW or self._component._limiter is None:
+            self._begin()
+            self._state = NEW
+        limiter = self._component._limiter
+        if asyncio._get_running_loop() is limiter._loop_token:
+            now = limiter._now()
+            if now < limiter._calm_until:
+                options, settled = self._options or PLAIN, None
+                with limiter._lock:
+                    ledger, account = limiter._ledger, self._component._account
+                    if (
+                        options.sender is not None
+                        and not options.also
+                        and ledger.admit_sent(account, options.sender, self._wanted)
+                    ):
+                        settled = ()
+                    else:
+                        settled = ledger.request_at_once(self._request())
+                    if settled is not None:
+                        self._since, self._size, self._state = now, self._wanted, HELD
+                        limiter._grants.add(self)
+                if settled is not None:
+                    if settled:
+                        limiter._wake(settled)
+                    return True
+        return False
+
+    def _is_held(self) -> bool:
+        return self._state == HELD or self._state == ALONE
 
     def _begin(self) -> bool:
         """Note that it is being asked for; False if it is held already."""
@@ -195,9 +239,10 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: together with what it holds, it could never be had.
+            GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
         """
         request = self._grow_request(nbytes, "grow")
-        self._changing = request
+        self._changing: Request | None = request
         try:
             await self._component._limiter._acquire(request, None)
         finally:
@@ -303,11 +348,14 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer")
+        if target is self._component:
+            return
         self._changing = request
         try:
             await self._component._limiter._acquire(request, None)
-        finally:
+        except BaseException:
             self._changing = None
+            raise
         self._moved_to(target)
 
     def transfer_nowait(self, component: Component | str) -> None:
@@ -321,7 +369,14 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer_nowait")
-        self._component._limiter._acquire_nowait(request)
+        if target is self._component:
+            return
+        self._changing = request
+        try:
+            self._component._limiter._acquire_nowait(request)
+        except BaseException:
+            self._changing = None
+            raise
         self._moved_to(target)
 
     def _target(self, component: Component | str) -> Component:
@@ -347,8 +402,10 @@ class MemoryGrant(GrantState):
 
     def _moved_to(self, target: Component) -> None:
         with target._limiter._lock:
+            self._changing = None
             if self._state != RELEASED:
                 self._component = target
+                self._holder = None  # handed on
                 self._options = self._options or PLAIN  # the fast path knows another account
                 return
         raise GrantReleased(target.path, "transfer")
@@ -375,13 +432,14 @@ class MemoryGrant(GrantState):
             shares = options.shares or Shares()
             shares.count += 1
             self._options = handle._options = options._replace(shares=shares)
+            self._holder = None  # handed on
             handle._become_held(self._size)
         return handle
 
     def deliver(self, settle: Mapping[str, int] = NOTHING) -> None:
-        """Make what is in flight from a sender the component's own; never waits, never fails.
+        """Make what is in flight from a sender the component's own; never waits.
 
-        The sender's share is free again. Nothing is drawn from the pool for it.
+        The sender's part is free again. Nothing is drawn from the pool for it.
 
         Args:
             settle: how much there really is of resources that were charged at an upper
@@ -391,26 +449,57 @@ class MemoryGrant(GrantState):
             GrantReleased: it is not held (any more).
             ValueError: it is not in flight, is shared, or ``settle`` exceeds what it holds.
         """
-        limiter = self._changeable_by("deliver")
-        options = self._options or PLAIN
-        if options.sender is None:
+        self._changeable_by("deliver")
+        if self.sender is None:
             raise ValueError("deliver: it is not in flight")
-        for resource, amount in settle.items():
-            if not 0 <= amount <= options.also.get(resource, 0):
-                raise ValueError(
-                    f"deliver: cannot settle {amount} {resource}; it holds "
-                    f"{options.also.get(resource, 0)}"
-                )
-        left = {r: settle.get(r, amount) for r, amount in options.also.items()}
-        over = {r: amount - left[r] for r, amount in options.also.items() if amount > left[r]}
-        account = self._component._account
+        self._settle(settle)
+
+    def _deliver_at_once(self) -> bool:
+        """Deliver it if it is of bytes only, and nobody waits; else do nothing, give False."""
+        options, component = self._options, self._component
+        if options is None or options.sender is None or options.shares is not None:
+            return False
+        limiter = component._limiter
+        with limiter._lock:
+            if self._state == HELD and limiter._ledger.deliver_at_once(
+                component._account, options.sender, self._size
+            ):
+                self._options = None
+                return True
+        return False
+
+    def _settle(self, settle: Mapping[str, int]) -> None:
+        """Deliver it if it is in flight, and give back what is beyond these amounts."""
+        options = self._options or PLAIN
+        if options.shares is not None:
+            return
+        also = options.also
+        left = also
+        over: Mapping[str, int] = NOTHING
+        if settle:
+            kept = dict(also)
+            for resource, amount in settle.items():
+                if not 0 <= amount <= also.get(resource, 0):
+                    raise ValueError(
+                        f"deliver: cannot settle {amount} {resource}; it holds "
+                        f"{also.get(resource, 0)}"
+                    )
+                kept[resource] = amount
+            over = {name: amount - kept[name] for name, amount in also.items()}
+            left = {name: amount for name, amount in kept.items() if amount}
+        if options.sender is None and not also:
+            return
+        limiter, account = self._component._limiter, self._component._account
         with limiter._lock:
             self._held_by("deliver")
-            sender = limiter._sender(account, options.sender)
-            kept = {resource: amount for resource, amount in left.items() if amount}
-            self._options = options._replace(sender=None, also=kept)
-            settled = limiter._ledger.deliver(account, self._size, options.also, sender, over)
-        limiter._wake(settled)
+            self._options = options._replace(sender=None, also=left)
+            if options.sender is None:
+                settled = limiter._ledger.give_back(account, 0, also=over)
+            else:
+                sender = limiter._ledger.sender(account, options.sender)
+                settled = limiter._ledger.deliver(account, self._size, also, sender, over)
+        if settled:
+            limiter._wake(settled)
 
     def release(self) -> None:
         """Give everything back, exactly once; from any thread, without waiting.
@@ -437,13 +526,17 @@ class MemoryGrant(GrantState):
                 self._state = RELEASED
                 size = self._size
                 self._size = 0
+                self._holder = None
                 limiter._grants.discard(self)
                 account = component._account
                 changing = getattr(self, "_changing", None)
                 transfer = changing is not None and changing.source is not None
                 if transfer:
                     account = limiter._ledger.end_transfer(changing)
-                settled = limiter._let_go_of(account, size, state == ALONE, self._options)
+                if self._options is None:
+                    settled = limiter._ledger.give_back(account, size, exclusive=state == ALONE)
+                else:
+                    settled = limiter._let_go_of(account, size, state == ALONE, self._options)
                 if transfer:
                     settled = [*settled, changing]
             if settled:
@@ -539,7 +632,8 @@ def check_amounts(component: Component, also: Mapping[str, int]) -> Mapping[str,
     if not also:
         return NOTHING
     node = component._resolve()
-    limiter, amounts = node._limiter, {}
+    limiter = node._limiter
+    amounts: dict[str, int] = {}
     for resource, amount in also.items():
         if type(amount) is not int or not 0 <= amount <= MAX_BYTES:
             raise ValueError(f"{resource}={amount!r} must be a whole number, 0 or more")

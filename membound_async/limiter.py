@@ -20,10 +20,12 @@ import anyio.lowlevel
 from .bounds import ROOT
 from .component import Component
 from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
-from .eventloop import EventLoop, Handle, ThreadPlace, running_loop
+from .deadlocks import waiting_holders
+from .eventloop import EventLoop, Handle, ThreadPlace, current_task, running_loop
 from .events import log
 from .exceptions import (
     BoundsError,
+    GrantDeadlock,
     GrantTimeout,
     GrantTooLarge,
     InvalidComponentBounds,
@@ -34,11 +36,12 @@ from .exceptions import (
 )
 from .fastpath import ALONE, NEW, Holders, LimiterState
 from .gauge import Gauge
-from .grant import MemoryGrant, Options, make_grant
+from .grant import PLAIN, MemoryGrant, Options, make_grant
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
 from .quota import Ledger
+from .reclaim import Reclaim, Reclaimer, ReclaimFunction
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
 from .resources import ResourceLimits
@@ -54,8 +57,8 @@ from .settings import (
     parse_switch,
 )
 from .sizes import MAX_BYTES, format_size
-from .stalls import StallWatch, describe_stall
-from .statistics import ComponentStatistics, LimiterStatistics
+from .stalls import REPORTED, StallWatch, describe_stall
+from .statistics import ComponentStatistics, LimiterStatistics, ResourceStatistics
 from .stocks import BYTES, NO_LIMIT, Account, Sender
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import NOTHING, Kind, Request, State
@@ -67,6 +70,9 @@ __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
+
+UNTANGLE_SECONDS = 0.01
+"""How soon to look again at who waits for whom, after something was done about it."""
 
 
 class _NoMemory:
@@ -165,6 +171,8 @@ class MemoryLimiter(LimiterState):
         self._lock = threading.Lock()
         self._grants = Holders()
         self._abandoned: deque[tuple[Account, int, bool, Options | None]] = deque()
+        self._impatient: dict[Account, dict[object, Callable[[], None]]] = {}
+        """Who holds something of an account, and is to be told if somebody waits for that."""
         self._loop: EventLoop | None = None
         self._loop_token = self
         self._now = time.monotonic
@@ -179,8 +187,12 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
+        self._moved_at_tick: int = -1
+        self._untangled = False
+        """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
         self._live = LiveBytes()
+        self._reclaim = Reclaim(self)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
         self._calm_until = -math.inf
         """Until when the fast path may be used: no reading and no yield is due, no delay."""
@@ -270,6 +282,12 @@ class MemoryLimiter(LimiterState):
                 would_refuse=sum(self._rehearsal.refusals.values()),
                 tracking=self._live.tracking(),
                 pressure_stall=None if self.is_noop else read_pressure(self._pressure_path),
+                resources={
+                    name: ResourceStatistics(limit=pool.limit, free=pool.free)
+                    for name, pool in ledger.pools.items()
+                    if name != BYTES
+                },
+                reclaimers=self._reclaim.statistics(),
                 components=tuple(
                     self._describe(ledger.accounts[path], held, would_wait_seconds)
                     for path in sorted(self._components)
@@ -321,9 +339,7 @@ class MemoryLimiter(LimiterState):
 
         return Account(name, limits, self)
 
-    def _component(
-        self, path: str, minimum: int | str, firm_limit: int | str | None
-    ) -> Component:
+    def _component(self, path: str, minimum: int | str, firm_limit: int | str | None) -> Component:
         if minimum != 0 or firm_limit is not None:
             self.registry.declare(path, minimum=minimum, firm_limit=firm_limit)
         found = self._components.get(path)
@@ -427,6 +443,34 @@ class MemoryLimiter(LimiterState):
                 return self.root
         return component._resolve()
 
+    # --- reclaim
+
+    def add_reclaimer(
+        self, function: ReclaimFunction, *, name: str | None = None, priority: int = 0
+    ) -> Reclaimer:
+        """Ask that function for memory from now on, whenever measured memory gets short.
+
+        ::
+
+            limiter.add_reclaimer(cache.shrink, priority=10)  # def shrink(wanted: int) -> int
+
+        It is called with the bytes that are wanted and gives how many it has freed, itself or
+        when awaited; see ``membound_async.reclaim`` for when, where and how often. It may
+        release and shrink grants, but a request for one raises ``ReclaimReentry``, be it by
+        itself or by tasks and threads that it has started and that belong to the call. No
+        component is current in it. What it raises is logged and counted, and raised nowhere.
+
+        Args:
+            function: frees memory; async, or not if it takes no more than a millisecond or so.
+            name: what log events and statistics call it; None for the function's own name.
+            priority: who has the higher one is asked first; those of the same, in the order in
+                which they came.
+
+        Returns:
+            What ends it: ``remove()``, or the end of a ``with`` block.
+        """
+        return self._reclaim.add(function, name, priority)
+
     # --- the limit
 
     def resize(self, limit: int | str) -> None:
@@ -507,9 +551,9 @@ class MemoryLimiter(LimiterState):
         self._let_go()
         self._drain()
         leaked = {
-            account.name: account.granted
+            account.name: account.granted + account.in_flight
             for account in self._ledger.accounts.values()
-            if account.granted
+            if account.granted or account.in_flight
         }
         if leaked:
             log().warning("membound.grants_leaked", granted_bytes=leaked)
@@ -616,6 +660,7 @@ class MemoryLimiter(LimiterState):
 
     async def _enter(self, component: Component) -> None:
         account: Account = component._account
+        self._reclaim.refuse_reentry(account, account.minimum)
         self._verify_if_changed()
         with self._lock:
             if self._ledger.enter_again(account):
@@ -668,6 +713,7 @@ class MemoryLimiter(LimiterState):
         """
         now = 0.0
         try:
+            self._reclaim.refuse_reentry(request.account, request.nbytes)
             self._bind()
             now = self._now()
             if now >= self._yield_at:
@@ -678,6 +724,7 @@ class MemoryLimiter(LimiterState):
             self._sample_if_due(request.nbytes, now)
             self._submit(request, now)
             if request.owner is not None:
+                request.gives_up = timeout is not None
                 if timeout is None:
                     await request.owner
                 else:
@@ -691,6 +738,7 @@ class MemoryLimiter(LimiterState):
             self._withdraw(request, now)
             if grant is not None:
                 grant._state = NEW
+                grant._holder = None
             raise
         request.owner = None
         if grant is not None:
@@ -699,6 +747,7 @@ class MemoryLimiter(LimiterState):
 
     def _acquire_nowait(self, request: Request) -> None:
         """Admit the request now or raise ``QuotaExceeded``; never waits and is not delayed."""
+        self._reclaim.refuse_reentry(request.account, request.nbytes)
         if asyncio._get_running_loop() is not self._loop_token and running_loop() is not None:
             self._bind()
         now = self._now()
@@ -707,7 +756,9 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             self._start_with_first_request(now)
             self._used = True
-            if self._observe:
+            if request.state is not State.NEW:
+                pass  # called off meanwhile
+            elif self._observe:
                 self._rehearse(request, now)
             else:
                 settled = self._ledger.request_nowait(request)
@@ -720,6 +771,7 @@ class MemoryLimiter(LimiterState):
                 "`with grant(...)` would block the event loop that runs in this thread; use "
                 "`async with`"
             )
+        self._reclaim.refuse_reentry(request.account, request.nbytes)
         clock = time.monotonic
         deadline = math.inf if timeout is None else clock() + timeout
         now = self._now()
@@ -751,8 +803,25 @@ class MemoryLimiter(LimiterState):
                     request.owner = place()
                 elif self._loop is not None:
                     request.owner = self._loop.place()
+                    request.task = current_task()
                     self._arm(self._loop)
         self._wake(settled)
+        if self._impatient and request.owner is not None:
+            for tell in [*self._impatient.get(request.account, {}).values()]:
+                if self._loop is not None and threading.get_ident() not in self._loop:
+                    self._loop.call_soon(tell)
+                else:
+                    tell()
+
+    def _tell_of_waiters(self, account: Account, who: object, tell: Callable[[], None]) -> None:
+        """Have somebody who holds something told, in the event loop, if others wait for that."""
+        self._impatient.setdefault(account, {})[who] = tell
+
+    def _tell_no_more(self, account: Account, who: object) -> None:
+        told = self._impatient.get(account, {})
+        told.pop(who, None)
+        if not told:
+            self._impatient.pop(account, None)
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
@@ -765,7 +834,9 @@ class MemoryLimiter(LimiterState):
         return delay
 
     def _ask(self, request: Request, now: float) -> list[Request]:
-        """Put the request to the ledger; with the lock held."""
+        """Put the request to the ledger, unless it was called off; with the lock held."""
+        if request.state is not State.NEW:
+            return []
         self._start_with_first_request(now)
         self._used = True
         if self._observe:
@@ -791,6 +862,8 @@ class MemoryLimiter(LimiterState):
         if request.state is State.WAITING:
             raise GrantTimeout(request.account.name, request.nbytes, seconds)
         self._add(self._wait_seconds, request.account, seconds)
+        if request.state is State.DEADLOCKED:
+            raise GrantDeadlock(request.account.name, request.nbytes, request.holders)
         if request.state is State.IMPOSSIBLE:
             with self._lock:
                 error = self._ledger.refusal(request)
@@ -825,8 +898,7 @@ class MemoryLimiter(LimiterState):
         self, account: Account, nbytes: int, exclusive: bool, options: Options | None
     ) -> Iterable[Request]:
         """Give back what a grant held, if it is the last handle of that; with the lock held."""
-        if options is None:
-            return self._ledger.give_back(account, nbytes, exclusive=exclusive)
+        options = options or PLAIN
         if options.shares is not None:
             options.shares.count -= 1
             if options.shares.count:
@@ -913,11 +985,13 @@ class MemoryLimiter(LimiterState):
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
         if self._timer is None:
-            self._timer = loop.call_later(self._interval(), self._tick)
+            seconds = UNTANGLE_SECONDS if self._untangled else self._interval()
+            self._timer = loop.call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         self._look()
+        self._look_for_deadlock()
         if self._ledger.waiters.count and self._loop is not None:
             self._arm(self._loop)
 
@@ -932,6 +1006,60 @@ class MemoryLimiter(LimiterState):
             with self._lock:
                 report = describe_stall(self._ledger, self._grants.snapshot(), now)
             log().warning("membound.stalled", **report)
+
+    # --- deadlocks
+
+    def _look_for_deadlock(self) -> None:
+        """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
+        ledger = self._ledger
+        looks = self._untangled or ledger.moved == self._moved_at_tick
+        self._moved_at_tick = ledger.moved
+        self._untangled = False
+        if not looks or not ledger.waiters.count:
+            return
+        with self._lock:
+            settled = self._untangle()
+        if not settled:
+            return
+        self._untangled = True
+        refused = [request for request in settled if request.state is State.DEADLOCKED]
+        for request in refused[:REPORTED]:
+            log().warning(
+                "membound.deadlock",
+                component=request.account.name,
+                wanted_bytes=request.nbytes,
+                free_bytes=ledger.free,
+                holders=list(request.holders[:REPORTED]),
+            )
+        if not refused:
+            log().info(
+                "membound.order_suspended",
+                admitted=len(settled),
+                waiting=ledger.waiters.count,
+            )
+        self._wake(settled)
+
+    def _untangle(self) -> list[Request]:
+        """Settle requests if all who hold anything wait; with the lock held.
+
+        Order is suspended first. If that lets nobody in, and nobody could come in if there
+        was no drift, or gives up by itself, the youngest of those who hold something are
+        refused until there is enough for one of the others.
+        """
+        ledger, loop = self._ledger, self._loop
+        held = [
+            (grant._component._account, grant._holder, grant._size)
+            for grant in self._grants.snapshot()
+        ]
+        waiting = ledger.all_waiting()
+        holders = waiting_holders(ledger.accounts.values(), held, waiting)
+        if not holders or loop is None or not all(loop.is_occupied(r.owner) for r in holders):
+            return []
+        waiting.sort(key=lambda request: request not in holders)
+        settled = ledger.suspend_order(waiting)
+        if settled or any(request.gives_up for request in holders):
+            return settled
+        return ledger.break_deadlock(holders)
 
     # --- the world
 
@@ -952,6 +1080,7 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             settled = self._observe_reading(measured, now)
         self._wake(settled)
+        self._reclaim.look(now)
 
     def _observe_reading(self, measured: int, now: float) -> list[Request]:
         """Take a reading into account; with the lock held."""
@@ -976,7 +1105,8 @@ class MemoryLimiter(LimiterState):
 
     def _calm(self) -> None:
         calm = min(self._yield_at, self._sample_at)
-        self._calm_until = -math.inf if self._delay and not self._observe else calm
+        pressed = (self._delay and not self._observe) or self._reclaim.run is not None
+        self._calm_until = -math.inf if pressed else calm
 
     def _interval(self) -> float:
         return self.settings.pressure.interval_seconds(self._ledger.measured, self._ledger.limit)
@@ -1026,7 +1156,7 @@ class MemoryLimiter(LimiterState):
     def _describe(
         self, account: Account, held: Counter[Account], would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
-        waiting = list(account.queue) if account.queue is not None else []
+        waiting = list(account.waiting())
         peak_live, peak_overdraft = self._live.peaks(account.name)
         return ComponentStatistics(
             path=account.name,
@@ -1034,6 +1164,11 @@ class MemoryLimiter(LimiterState):
             firm_limit_bytes=None if account.firm_limit == NO_LIMIT else account.firm_limit,
             entered=account.entries,
             granted_bytes=account.granted,
+            in_flight_bytes=account.in_flight,
+            senders=account.senders,
+            resources={
+                name: stock.granted + stock.in_flight for name, stock in account.others.items()
+            },
             live_bytes=account.live,
             peak_live_bytes=peak_live,
             overdraft_bytes=max(0, account.live - max(account.granted, account.reserved)),

@@ -38,8 +38,9 @@ among all components.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import accumulate
 
 from .exceptions import GrantTooLarge, QuotaExceeded
 from .fastpath import NO_LIMIT
@@ -97,6 +98,7 @@ class Ledger(Pool):
             self.pools[resource] = Pool(resource, amount, Order())
         self.accounts: dict[str, Account] = {}
         self._unit = self.rule.unit
+        self._idle_part = self.rule.part(1)
         # Where the part depends on others, the fast path leaves the decision to request().
         p, q = self.rule.part(0)
         self._p, self._q = None if self.rule.depends_on_consumers else p, q
@@ -204,7 +206,7 @@ class Ledger(Pool):
 
     def most(self, account: Account, sender: Sender | None = None) -> int:
         """The most bytes that it could have in one grant if nobody else had anything."""
-        return self._most(account, sender)[0]
+        return self._most(account, sender)
 
     def most_alone(self, account: Account) -> int:
         """The most that one grant could have with the pool to itself."""
@@ -248,6 +250,67 @@ class Ledger(Pool):
         self.moved = moved
         return True
 
+    def admit_sent(self, account: Account, name: Hashable, nbytes: int) -> bool:
+        """Charge bytes in flight from a sender, as ``admit`` does for the account itself."""
+        moved = self.moved + nbytes
+        p = self._p
+        if (
+            self.waiters.count
+            or moved > self.look_at
+            or account.firm_limit != NO_LIMIT
+            or account.grouped
+            or self._closed
+            or p is None
+            or not nbytes
+            or self.measured >= self.limit
+        ):
+            return False
+        sender = account.by_sender.get(name)
+        mine = 0 if sender is None else sender.held.get(account, 0)
+        in_flight, excess, free, q = account.in_flight, account.excess, self.free, self._q
+        held = excess + in_flight if excess > 0 else in_flight
+        if q * (q * nbytes + (q - p) * mine) + p * (q - p) * held > p * p * free:
+            return False
+        if sender is None:
+            sender = account.by_sender[name] = Sender(name)
+        if not mine:
+            account.senders += 1
+        sender.held[account] = mine + nbytes
+        account.in_flight = in_flight + nbytes
+        self.free = free = free - nbytes
+        if free < self._lowest_free:
+            self._lowest_free = free
+        if self._tracked:
+            self._holders[account] = None
+        account.admissions += 1
+        self.moved = moved
+        return True
+
+    def deliver_at_once(self, account: Account, name: Hashable, nbytes: int) -> bool:
+        """Do as ``deliver``, of bytes, if nobody waits; else do nothing and give False."""
+        if self.waiters.count or account.grouped or self._p is None or not nbytes:
+            return False
+        sender = account.by_sender[name]
+        left = sender.held[account] - nbytes
+        assert left >= 0, "more delivered than in flight"
+        if left:
+            sender.held[account] = left
+        else:
+            del sender.held[account]
+            account.senders -= 1
+            if not sender.held:
+                del account.by_sender[name]
+        account.in_flight -= nbytes
+        account.granted = granted = account.granted + nbytes
+        if granted > account.peak:
+            account.peak = granted
+        excess = account.excess
+        account.excess = now = (
+            granted if granted > account.live else account.live
+        ) - account.reserved
+        self.free += nbytes + (excess if excess > 0 else 0) - (now if now > 0 else 0)
+        return True
+
     def request(self, request: Request) -> list[Request]:
         """Ask in order: it is settled at once, or waits.
 
@@ -289,6 +352,23 @@ class Ledger(Pool):
         if error is not None:
             account.refusals += 1
             raise error
+        return self.force(request)
+
+    def request_at_once(self, request: Request) -> list[Request] | None:
+        """Admit a request if nobody is ahead, it fits, and no reading is due, else do nothing.
+
+        Returns:
+            As ``request_nowait``; None if ``request`` must decide.
+        """
+        account, sender = request.account, request.sender
+        line = account.queue if sender is None else sender.line
+        if (
+            line
+            or self.moved + request.nbytes > self.look_at
+            or self.measured >= self.limit
+            or self._lacks(request) is not None
+        ):
+            return None
         return self.force(request)
 
     def force(self, request: Request) -> list[Request]:
@@ -384,6 +464,7 @@ class Ledger(Pool):
         elif request.state is State.ADMITTED:
             request.state = State.CANCELLED
             return request.account
+        request.state = State.CANCELLED
         return source
 
     def undo(self, request: Request) -> list[Request] | tuple[()]:
@@ -400,6 +481,7 @@ class Ledger(Pool):
                 sender=request.sender,
                 exclusive=request.exclusive,
             )
+        request.state = State.CANCELLED
         for owner, sign in ((account, -1), (source, 1)):
             for stock, amount in self._amounts(owner, request.nbytes, request.also):
                 self._add(stock, sign * amount, None)
@@ -419,6 +501,74 @@ class Ledger(Pool):
         self.waiters.lift(barrier)
         return self._changed(barrier.account)
 
+    def all_waiting(self) -> list[Request]:
+        """Give all requests that wait, the oldest first."""
+        found = [each for account in self.accounts.values() for each in account.waiting()]
+        return sorted(found, key=lambda request: request.arrival)
+
+    def suspend_order(self, requests: Iterable[Request]) -> list[Request]:
+        """Admit, of requests that wait, each that fits by its own T and F, whoever is ahead.
+
+        For the others everything is as it was, and order is kept again.
+        """
+        settled: list[Request] = []
+        for request in requests:
+            if self._would_fit(request, 0):
+                self._remove(request, State.ADMITTED)
+                self._charge(request)
+                settled.append(request)
+                self._place(request.account)
+        if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):
+            settled += self._drop_impossible(self.accounts.values())
+        return settled + self._dispatch() if settled else settled
+
+    def break_deadlock(self, holders: Mapping[Request, int]) -> list[Request]:
+        """Refuse the youngest of those who wait and hold something, so that others fit.
+
+        Nobody, if one would fit with no drift. Of several, the oldest is left.
+
+        Args:
+            holders: the requests, the oldest first, and how many bytes the task of each holds.
+        """
+        if any(self._would_fit(request, self.drift) for request in holders):
+            return []
+        names = [account for account in self.accounts.values() if account.granted]
+        names.sort(key=lambda account: -account.granted)
+        named = tuple((account.name, account.granted) for account in names)
+        left, freed = [*holders], self.drift
+        least = [*accumulate(map(self._needs, left), min)]
+        refused: list[Request] = []
+        while left:
+            request = left.pop()
+            freed += holders[request]
+            self._remove(request, State.DEADLOCKED)
+            request.holders = named
+            request.account.refusals += 1
+            refused.append(request)
+            self._place(request.account)
+            if len(left) <= 1 or least[len(left) - 1] <= self.free + freed:
+                break
+        return refused + self._dispatch()
+
+    def _needs(self, request: Request) -> int:
+        """How much of the bytes must be free for a request; not at all: ``NO_LIMIT``."""
+        account = request.account
+        amount = self._amount(request, account)
+        if self._over_firm(request, account, amount):
+            return NO_LIMIT
+        return self._threshold(request, account, amount, self)
+
+    def _would_fit(self, request: Request, more: int) -> bool:
+        """Whether a request fits by its own thresholds, if so many bytes more were free."""
+        for stock, amount in self._demands(request):
+            if self._over_firm(request, stock, amount):
+                return False
+            for pool in stock.pools:
+                threshold = self._threshold(request, stock, amount, pool)
+                if threshold != READY and threshold > pool.free + (more if pool is self else 0):
+                    return False
+        return True
+
     def refusal(self, request: Request) -> GrantTooLarge | None:
         """Say why a request could not even be met by an idle limiter; None if it could."""
         account = request.account
@@ -431,16 +581,21 @@ class Ledger(Pool):
         for stock, amount in self._amounts(account, request.nbytes, request.also):
             if stock is account:
                 amount += request.held
-            most, reason = self._most(stock, request.sender)
-            if amount > most and stock is account and request.alone:
+            most = self._most(stock, request.sender)
+            if amount <= most:
+                continue
+            alone = 0
+            if request.alone and stock is account:
                 alone = self.most_alone(account)
-                if alone > most and alone != account.firm_limit:
-                    reason = "limit less baseline and the others' minimums"
-                elif alone == account.firm_limit:
-                    reason = "its firm limit"
-                most = max(most, alone)
-            if amount > most:
-                return GrantTooLarge(name, amount, most, reason, stock.resource)
+                if amount <= alone:
+                    continue
+            reason = self._bound(stock, request.sender, most)
+            if alone > most:
+                is_firm = alone == account.firm_limit
+                reason = (
+                    "its firm limit" if is_firm else "limit less baseline and the others' minimums"
+                )
+            return GrantTooLarge(name, amount, max(most, alone), reason, stock.resource)
         return None
 
     # --- the world
@@ -502,14 +657,14 @@ class Ledger(Pool):
 
     def _amounts(
         self, account: Account, nbytes: int, also: Mapping[str, int]
-    ) -> list[tuple[Stock, int]]:
+    ) -> Sequence[tuple[Stock, int]]:
         """Give the stocks that it concerns, bytes first, and how much of each."""
-        amounts: list[tuple[Stock, int]] = [(account, nbytes)]
-        for resource, amount in also.items():
-            amounts.append((self._stock(account, resource), amount))
-        return amounts
+        if not also:
+            return ((account, nbytes),)
+        others = [(self._stock(account, name), amount) for name, amount in also.items()]
+        return [(account, nbytes), *others]
 
-    def _demands(self, request: Request) -> list[tuple[Stock, int]]:
+    def _demands(self, request: Request) -> Sequence[tuple[Stock, int]]:
         """Give what a request would charge."""
         account = request.account
         if request.kind is Kind.ENTER:
@@ -536,11 +691,15 @@ class Ledger(Pool):
         x = self._inner(request, stock, amount)
         if x == READY:
             return READY
-        unit = self._unit
+        unit, held = self._unit, stock.in_flight
         if request.kind is Kind.ENTER:
             return x // unit
-        held = stock.held
-        credit, leaves = (0, 0) if request.source is None else self._credit(request, pool)
+        if stock.excess > 0:
+            held += stock.excess
+        if request.source is None:
+            p, q = self._part(stock, pool) if self._p is None else (self._p, self._q)
+            return -((-q * x - unit * (q - p) * held) // (unit * p))
+        credit, leaves = self._credit(request, pool)
         p, q = self._part(stock, pool, leaves)
         return -((-q * x - unit * (q - p) * held) // (unit * p)) - credit
 
@@ -686,24 +845,31 @@ class Ledger(Pool):
     def _capacity(self, pool: Pool) -> int:
         return self.limit - self.baseline if pool is self else pool.limit
 
-    def _most(self, stock: Stock, sender: Sender | None) -> tuple[int, str]:
-        """How much of a stock could be had of an idle limiter, and what bounds that."""
-        reserved, firm = stock.reserved, stock.firm_limit
-        p, q = self.rule.part(1)
-        bounds: list[tuple[int, str]] = []
+    def _most(self, stock: Stock, sender: Sender | None) -> int:
+        """How much of a stock could be had at once of an idle limiter."""
+        p, q = self._idle_part
+        reserved, most = stock.reserved, stock.firm_limit
+        if sender is not None and most != NO_LIMIT:
+            most = p * (most - reserved) // q
         for pool in stock.pools:
-            most = max(0, p * (self._capacity(pool) - reserved) // q)
-            what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
-            if sender is None:
-                bounds.append((reserved + most, f"{self.rule} of {what}"))
-            else:
-                most = max(0, p * p * (self._capacity(pool) - reserved) // (q * q))
-                bounds.append((most, f"a sender's part of {self.rule} of {what}"))
+            most = min(most, self._most_of(pool, reserved, sender))
+        return most
+
+    def _most_of(self, pool: Pool, reserved: int, sender: Sender | None) -> int:
+        p, q = self._idle_part
+        left = self._capacity(pool) - reserved
         if sender is None:
-            bounds.insert(0, (firm, "its firm limit"))
-        elif firm != NO_LIMIT:
-            bounds.insert(0, (p * (firm - reserved) // q, "a sender's part of its firm limit"))
-        return min(bounds, key=lambda bound: bound[0], default=(NO_LIMIT, ""))
+            return reserved + max(0, p * left // q)
+        return max(0, p * p * left // (q * q))
+
+    def _bound(self, stock: Stock, sender: Sender | None, most: int) -> str:
+        """Say what bounds how much of a stock could be had."""
+        part = "" if sender is None else "a sender's part of "
+        for pool in stock.pools:
+            if self._most_of(pool, stock.reserved, sender) == most != stock.firm_limit:
+                what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
+                return f"{part}{self.rule} of {what}"
+        return f"{part}its firm limit"
 
     # --- what changes
 
@@ -766,21 +932,23 @@ class Ledger(Pool):
         """Set what is charged; everything that is derived from it follows."""
         if in_flight is None:
             in_flight = stock.in_flight
-        before, held = stock.reserved + stock.held, stock.held
+        excess = stock.excess
+        held = (excess if excess > 0 else 0) + stock.in_flight
+        excess = (granted if granted > live else live) - reserved
+        now = (excess if excess > 0 else 0) + in_flight
+        more = reserved + now - stock.reserved - held
         if stock.resource == BYTES:
             self._reserved += reserved - stock.reserved
             if granted > reserved or in_flight:
                 self._holders[stock.account] = None
         stock.granted, stock.reserved, stock.live = granted, reserved, live
-        stock.in_flight = in_flight
-        stock.excess = max(granted, live) - reserved
-        more = reserved + stock.held - before
-        consumers = bool(stock.held) - bool(held)
+        stock.in_flight, stock.excess = in_flight, excess
         for pool in stock.pools:
             pool.free -= more
-            pool._lowest_free = min(pool._lowest_free, pool.free)
-            if consumers and self.rule.depends_on_consumers:
-                pool.consumers += consumers
+            if pool.free < pool._lowest_free:
+                pool._lowest_free = pool.free
+            if self._p is None and bool(now) != bool(held):
+                pool.consumers += bool(now) - bool(held)
                 self._rank_anew(pool)
             if pool is not self and self.waiters.count:
                 self._stirred[pool] = None
@@ -809,9 +977,10 @@ class Ledger(Pool):
                     self._add(stock, -amount, None)
             for stock, amount in self._amounts(account, request.nbytes, request.also):
                 self._add(stock, amount, sender)
-                if self.waiters.count and stock is not account:
+                if stock is not account and self.waiters.count:
                     self._pass(stock, amount)
-            account.peak = max(account.peak, account.granted)
+            if account.granted > account.peak:
+                account.peak = account.granted
             account.admissions += 1
             self.moved += request.nbytes
         request.pooled = draw > 0
@@ -878,8 +1047,7 @@ class Ledger(Pool):
         dropped = [
             request
             for account in accounts
-            for line in (account.queue or (), *(each.line for each in account.by_sender.values()))
-            for request in line
+            for request in account.waiting()
             if self.refusal(request) is not None
         ]
         dropped.sort(key=lambda request: request.arrival)
@@ -910,10 +1078,21 @@ class Ledger(Pool):
     def _put(self, front: Request) -> None:
         """Have the next of a line wait for what it lacks first, and count what passes it."""
         account = front.account
-        plain = front.sender is None and not front.also
-        if plain:  # which it does in any case
-            stock: Stock = account
-            parked = self._over_firm(front, account, front.nbytes)
+        if front.sender is None and not front.also:
+            stock: Stock = account  # in any case
+            amount = self._amount(front, account)
+            parked = self._over_firm(front, account, amount)
+            if not account.by_sender and not account.grouped:
+                account.own, front.stock = front, account
+                if parked:
+                    self.waiters.stop_counting(front)
+                    account.unrank(front)
+                else:
+                    self.waiters.start_counting(front)
+                    account.ranked[front] = self
+                    threshold = self._threshold(front, account, amount, self)
+                    self.waiters.rank(front, threshold, account.granted - account.reserved)
+                return
         else:
             lacks = self._lacks(front)
             stock = self._stock_of_next(front) if lacks is None else lacks[0]
@@ -1010,14 +1189,14 @@ class Ledger(Pool):
         Whose next of its own line needs less than another for as much, as it enters or takes
         over what is held already, has it ranked beside the first of its senders'.
         """
-        own = stock.own
-        fronts: Mapping[Request, int] = stock.fronts or {}
-        front = stock.fronts.first() if stock.fronts else None
+        own, fronts = stock.own, stock.fronts
+        front = fronts.first() if fronts else None
+        least = fronts[front] if fronts and front is not None else READY
         if not stock.pools:
             return ()
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
             # What its senders would take is what it waits for.
-            return (front,) if front is not None and fronts[front] == READY else ()
+            return (front,) if front is not None and least == READY else ()
         if front is None:
             return () if own is None else (own,)
         if self._over_firm(front, stock, self._amount(front, stock)):
@@ -1027,7 +1206,7 @@ class Ledger(Pool):
         if own.kind is Kind.ENTER or own.source is not None:
             return own, front
         needed = self._inner(own, stock, self._amount(own, stock))
-        return (min((fronts[front], front.arrival, front), (needed, own.arrival, own))[2],)
+        return (min((least, front.arrival, front), (needed, own.arrival, own))[2],)
 
     @staticmethod
     def _amount(request: Request, stock: Stock) -> int:
@@ -1046,9 +1225,9 @@ class Ledger(Pool):
     def _rank_senders_anew(self, stock: Stock) -> None:
         """Rank all who wait in a stock anew: the number of its senders has changed."""
         for ranking in (stock.fronts, stock.parked):
-            assert ranking is not None
-            for front in [*ranking]:
-                ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
+            if ranking is not None:
+                for front in [*ranking]:
+                    ranking.put(front, self._inner(front, stock, self._amount(front, stock)))
         self._rank(stock)
 
     def _head_of_two(self, queue: Queue) -> Request:

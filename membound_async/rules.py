@@ -37,7 +37,7 @@ class Share:
     def __repr__(self) -> str:
         return f"a share of {self.share}"
 
-    def part(self, consumers: int) -> tuple[int, int]:
+    def part(self, consumers: int) -> tuple[int, int]:  # noqa: ARG002
         """Give ``p`` and ``q`` of the part that one of so many consumers may have."""
         return self.share.numerator, self.share.denominator
 

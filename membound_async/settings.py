@@ -42,6 +42,8 @@ class LimiterSettings:
             nobody else is served; None for the effective limit.
         yield_after_seconds: uncontended grants let other tasks run once in that time.
         stale_after_seconds: a probe that has failed for that long counts as full pressure.
+        reclaim: whether garbage is collected and free heap returned to the system when memory
+            is short; reclaimers of the program are asked in any case.
         debug: releasing a grant twice raises ``GrantReleased`` instead of being ignored.
         pressure: thresholds, delays and sampling intervals.
 
@@ -54,6 +56,7 @@ class LimiterSettings:
     bypass_limit_bytes: int | None = None
     yield_after_seconds: float = 0.001
     stale_after_seconds: float = 2.0
+    reclaim: bool = True
     debug: bool = False
     pressure: PressurePolicy = field(default_factory=PressurePolicy)
 
@@ -64,8 +67,9 @@ class LimiterSettings:
         if self.bypass_limit_bytes is not None:
             bypass = limit_size(self.bypass_limit_bytes, "bypass_limit_bytes")
             object.__setattr__(self, "bypass_limit_bytes", bypass)
-        if not isinstance(self.debug, bool):
-            raise InvalidLimit(f"debug={self.debug!r} must be True or False")
+        for name in ("reclaim", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidLimit(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.pressure, PressurePolicy):
             raise InvalidLimit(f"pressure={self.pressure!r} must be a PressurePolicy")
 
@@ -77,6 +81,7 @@ class LimiterSettings:
             InvalidLimit: a variable does not parse or is out of range; names it.
         """
         parsers: dict[str, Callable[[str], Any]] = {
+            "reclaim": partial(parse_switch, name="reclaim"),
             "debug": partial(parse_switch, name="debug"),
             "bypass_limit_bytes": parse_size,
         }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .quota import Ledger
     from .stocks import Account
 
-__all__ = ["StallWatch", "describe_stall"]
+__all__ = ["REPORTED", "StallWatch", "describe_stall"]
 
 REPORTED = 10
 """How many holders and waiters a report names, the largest and the oldest."""
@@ -65,18 +65,19 @@ def describe_stall(ledger: Ledger, grants: Iterable[MemoryGrant], now: float) ->
         {
             "component": account.name,
             "granted_bytes": account.granted,
+            "in_flight_bytes": account.in_flight,
             "reserved_bytes": account.reserved,
             "oldest_seconds": round(now - since.get(account, now), 3),
         }
         for account in sorted(
-            (a for a in ledger.accounts.values() if a.granted or a.reserved),
-            key=lambda account: -max(account.granted, account.reserved),
+            (a for a in ledger.accounts.values() if a.granted or a.reserved or a.in_flight),
+            key=lambda account: -max(account.granted, account.reserved) - account.in_flight,
         )[:REPORTED]
     ]
     heads = [
-        (head, len(queue.grows) + len(queue.requests))
+        (waiting[0] if account.queue is None else account.queue.head(), len(waiting))
         for account in ledger.accounts.values()
-        if (queue := account.queue) is not None and (head := queue.head()) is not None
+        if (waiting := list(account.waiting()))
     ]
     heads.sort(key=lambda entry: entry[0].asked_at)
     return {

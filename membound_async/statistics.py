@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from .live import Tracking
     from .probes import PressureStall
 
-__all__ = ["ComponentStatistics", "LimiterStatistics"]
+__all__ = [
+    "ComponentStatistics",
+    "LimiterStatistics",
+    "ReclaimerStatistics",
+    "ResourceStatistics",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,11 @@ class ComponentStatistics:
     entered: int
     #: granted now
     granted_bytes: int
+    #: in flight to it now, on behalf of how many senders
+    in_flight_bytes: int
+    senders: int
+    #: what it has of other resources, in flight included
+    resources: dict[str, int]
     #: what its code has allocated since the baseline was measured and not freed yet; 0 where
     #: that is not tracked
     live_bytes: int
@@ -36,7 +46,7 @@ class ComponentStatistics:
     peak_overdraft_bytes: int
     #: the most that was granted at one time
     peak_granted_bytes: int
-    #: grants that are held now
+    #: grants that are held now, those in flight to it included
     grants: int
     #: requests that wait now, and what they want together
     waiting: int
@@ -53,6 +63,35 @@ class ComponentStatistics:
     would_wait: int
     would_wait_seconds: float
     would_refuse: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceStatistics:
+    """What there is of one resource besides bytes, at one moment."""
+
+    #: how much of it there is
+    limit: int
+    #: how much of it is left to divide; negative if more is out than there is
+    free: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReclaimerStatistics:
+    """One reclaimer at one moment. Counts and totals are since it was registered."""
+
+    name: str
+    #: how many times it was asked, and how many of these have raised an error
+    runs: int
+    failures: int
+    #: what measured memory has fallen by meanwhile
+    freed_bytes: int
+    #: what it says that it has freed
+    reported_bytes: int
+    #: how long the last call took, and all of them
+    last_seconds: float
+    total_seconds: float
+    #: how long from now it is left out, because it was of no use or holds up the event loop
+    backed_off_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +136,16 @@ class LimiterStatistics:
     tracking: Tracking
     #: what the kernel says of stalls for want of memory; None where it says nothing
     pressure_stall: PressureStall | None
+    #: the other resources that it limits
+    resources: dict[str, ResourceStatistics]
+    #: who is asked for memory when it is short, in that order
+    reclaimers: tuple[ReclaimerStatistics, ...]
     #: every component, in the order of their paths
     components: tuple[ComponentStatistics, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Give the same as plain dicts and lists, ready for ``json.dumps``."""
         plain = asdict(self)
+        plain["reclaimers"] = list(plain["reclaimers"])
         plain["components"] = list(plain["components"])
         return plain

@@ -11,7 +11,7 @@ This is the state that the ledger keeps; it decides nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 from .fastpath import NO_LIMIT, AccountState, LedgerState
 from .waiters import Order, Ranking, Request
@@ -180,6 +180,18 @@ class Account(Stock):
         self.group: Group | None = None
         self.by_sender: dict[Hashable, Sender] = {}
         self.incoming: dict[Request, None] = {}
+
+    def waiting(self) -> Iterator[Request]:
+        """Give all who wait in it, line by line."""
+        if self.queue is not None:
+            yield from self.queue
+        for sender in self.by_sender.values():
+            yield from sender.line
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for it: the component itself, or one of its senders."""
+        return any(stock.own is not None or stock.fronts for stock in self.stocks())
 
     def stocks(self) -> list[Stock]:
         """Give all its stocks, that of bytes first."""

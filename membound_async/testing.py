@@ -2,7 +2,7 @@
 
 - `ScriptedProbe` reads the memory that a test wants it to read.
 - `limiter` gives a `MemoryLimiter` whose numbers are round: no slop, no baseline, no
-  delay, and a scripted probe.
+  delay, no reclaim but by the test's own reclaimers, and a scripted probe.
 - `VirtualTimeLoop` is an asyncio event loop on which nobody waits for a timer; trio has
   the same in ``trio.testing.MockClock(autojump_threshold=0)``.
 """
@@ -87,7 +87,7 @@ def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
     """Give a limiter for a test: its numbers follow from those in the test, and no others.
 
     No slop and no baseline are taken off ``limit``, a `ScriptedProbe` reads 0, and nothing
-    is delayed. The environment changes nothing.
+    is delayed; garbage is not collected when memory is short. The environment changes nothing.
 
     Args:
         limit: bytes, or a ``str`` such as ``"64MiB"``.
@@ -105,7 +105,7 @@ def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
         "observe": False,
         "mode": "strict",
         "processes": 1,
-        "settings": LimiterSettings(pressure=undelayed),
+        "settings": LimiterSettings(pressure=undelayed, reclaim=False),
     }
     return MemoryLimiter(limit, **(chosen | options))
 

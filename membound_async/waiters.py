@@ -43,6 +43,7 @@ class State(enum.Enum):
     WAITING = "waiting"
     ADMITTED = "admitted"
     IMPOSSIBLE = "impossible"
+    DEADLOCKED = "deadlocked"
     CANCELLED = "cancelled"
 
 
@@ -61,6 +62,9 @@ class Request:
         alone: may exceed the quota, by holding the pool alone.
         exclusive: was admitted so; of a grow that waits, belongs to a grant that is.
         owner: whatever the caller wants to find again when the outcome is there.
+        task: the task that waits for it; None if that is not known.
+        gives_up: whether it may give up by itself, because there is a time limit.
+        holders: of one that is deadlocked, the components and what they hold.
     """
 
     __slots__ = (
@@ -71,7 +75,9 @@ class Request:
         "asked_at",
         "barrier",
         "exclusive",
+        "gives_up",
         "held",
+        "holders",
         "kind",
         "nbytes",
         "orders",
@@ -82,6 +88,7 @@ class Request:
         "source",
         "state",
         "stock",
+        "task",
         "up_to",
     )
 
@@ -111,6 +118,9 @@ class Request:
         self.alone = alone
         self.exclusive = exclusive
         self.owner = owner
+        self.task: Any = None
+        self.gives_up = False
+        self.holders: tuple[tuple[str, int], ...] = ()
         self.state = State.NEW
         self.pooled = False
         """Whether any of its bytes came out of the pool; known once it is admitted."""

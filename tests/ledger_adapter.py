@@ -269,7 +269,8 @@ class LedgerAdapter:
             threshold = max(draw, 0) or READY
         else:
             # The smallest R for which q*(s + c) <= p*(R + s).
-            p, q, held = ledger._p, ledger._q, max(account.excess, 0)
+            p, q = ledger.rule.part(1)
+            held = max(account.excess, 0)
             threshold = waiters.heads[head]
             assert p is not None
             assert q * (held + draw) <= p * (threshold + held)

@@ -9,6 +9,7 @@ import pytest
 from membound_async import (
     BoundsError,
     FirmLimitExceedsAvailable,
+    GrantDeadlock,
     GrantError,
     GrantReleased,
     GrantTimeout,
@@ -21,6 +22,7 @@ from membound_async import (
     MemboundError,
     NoCurrentLimiter,
     QuotaExceeded,
+    ReclaimReentry,
     UnknownComponent,
 )
 
@@ -54,9 +56,19 @@ ERRORS: list[tuple[MemboundError, type[MemboundError], str]] = [
         "component 'a' wanted 10 bytes, but can have 5 bytes at the most (its firm limit)",
     ),
     (GrantTimeout("a", 10, 1.25), GrantError, "waited 1.250 s for 10 bytes in vain"),
+    (
+        GrantDeadlock("a", 10, tuple((name, 5) for name in "abcdefg")),
+        GrantError,
+        "'c': 5 bytes, 'd': 5 bytes, 'e': 5 bytes and 2 more); ask once for all",
+    ),
     (GrantReleased("a", "grow"), GrantError, "grow: this grant of component 'a'"),
     (LimitNotDetected(("cgroup", "RAM")), LimitError, "looked at: cgroup, RAM"),
     (InvalidLimit("limit=0"), LimitError, "limit=0"),
+    (
+        ReclaimReentry("cache", "a", 10),
+        MemboundError,
+        "reclaimer 'cache' asked for 10 bytes for component 'a' while it was to free memory; have",
+    ),
     (NoCurrentLimiter(2), LimitError, "2 limiters are entered"),
     (NoCurrentLimiter(0), LimitError, "MEMBOUND_REQUIRED is set"),
 ]

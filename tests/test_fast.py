@@ -212,7 +212,7 @@ class _Grant(fastpath.GrantState):
 
     __slots__ = ()
 
-    async def _acquire(self) -> Any:
+    async def _acquire(self, holder: object = None) -> Any:
         return None
 
     def _release(self) -> None:

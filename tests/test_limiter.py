@@ -288,7 +288,8 @@ async def test_a_new_grant_out_of_the_pool_is_delayed(measured: int, delay: floa
 
 
 async def test_a_cancellation_during_the_delay_gives_everything_back() -> None:
-    settings = LimiterSettings(pressure=PressurePolicy(min_delay_seconds=60, max_delay_seconds=60))
+    sixty = PressurePolicy(min_delay_seconds=60, max_delay_seconds=60)
+    settings = LimiterSettings(pressure=sixty, reclaim=False)
     limiter = pressed(960 * MIB, settings=settings, share=1)
     limiter._ledger.baseline = 900 * MIB
     limiter.statistics()
@@ -480,6 +481,7 @@ async def test_a_stall_is_reported_once_and_so_is_its_end(logs: list[Any]) -> No
             {
                 "component": "sink",
                 "granted_bytes": 500,
+                "in_flight_bytes": 0,
                 "reserved_bytes": 0,
                 "oldest_seconds": pytest.approx(10, 0.05),
             }

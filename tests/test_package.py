@@ -18,15 +18,30 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 # Each layer imports only from itself and from those below it.
 LAYERS = (
     {"cli", "testing"},
-    {"component", "grant", "streams", "limiter", "live", "stalls", "eventloop", "context"},
+    {"inbox", "streams", "accounts", "charges"},
+    {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},
-    {"quota", "waiters", "rehearsal", "bounds", "registry", "verifier", "pressure", "settings"},
+    {"deadlocks"},
+    {"resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
     {"exceptions"},
     {"sizes"},
 )
-PURE = {"quota", "waiters", "bounds", "registry", "verifier", "pressure", "sizes", "exceptions"}
+PURE = {
+    "deadlocks",
+    "quota",
+    "rules",
+    "stocks",
+    "waiters",
+    "bounds",
+    "registry",
+    "verifier",
+    "pressure",
+    "sizes",
+    "exceptions",
+}
 
 
 def run_python(program: str) -> str:

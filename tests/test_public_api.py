@@ -18,6 +18,8 @@ from membound_async import (
     MemoryLimit,
     MemoryLimiter,
     MemoryProbe,
+    Reclaimer,
+    ReclaimerStatistics,
     VerifiedBounds,
     current_component,
     current_limiter,
@@ -26,6 +28,10 @@ from membound_async import (
     testing,
 )
 from membound_async.testing import ScriptedProbe
+
+
+async def shrink(wanted_bytes: int) -> int:
+    return wanted_bytes
 
 
 class Decoder(Component):
@@ -44,6 +50,10 @@ async def test_types_of_what_a_program_uses() -> None:
         assert_type(limiter.component("a", minimum="1KiB", firm_limit=4096), Component)
         assert_type(limiter.statistics(), LimiterStatistics)
         assert_type(limiter.statistics().components[0], ComponentStatistics)
+        assert_type(limiter.statistics().reclaimers[0], ReclaimerStatistics)
+        with limiter.add_reclaimer(shrink, priority=1) as reclaimer:
+            assert_type(reclaimer, Reclaimer)
+        limiter.add_reclaimer(lambda wanted_bytes: wanted_bytes, name="cache").remove()
         async with Decoder("decode") as decoder:
             assert_type(decoder, Decoder)
             assert_type(decoder.grant(1), MemoryGrant)

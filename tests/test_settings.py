@@ -25,6 +25,7 @@ def test_every_knob_has_a_variable() -> None:
         "BYPASS_LIMIT_BYTES": "64KiB",
         "YIELD_AFTER_SECONDS": "0.5",
         "STALE_AFTER_SECONDS": "7",
+        "RECLAIM": "no",
         "DEBUG": "on",
         "THRESHOLD": "0.5",
         "MIN_DELAY_SECONDS": "0",
@@ -41,6 +42,7 @@ def test_every_knob_has_a_variable() -> None:
         bypass_limit_bytes=65536,
         yield_after_seconds=0.5,
         stale_after_seconds=7,
+        reclaim=False,
         debug=True,
         pressure=PressurePolicy(
             threshold=0.5,
@@ -60,6 +62,7 @@ def test_every_knob_has_a_variable() -> None:
         ("MEMBOUND_OVERCOMMIT", "lots"),
         ("MEMBOUND_OVERCOMMIT", "0.5"),
         ("MEMBOUND_DEBUG", "maybe"),
+        ("MEMBOUND_RECLAIM", "maybe"),
         ("MEMBOUND_BYPASS_LIMIT_BYTES", "-1"),
         ("MEMBOUND_THRESHOLD", "1.5"),
         ("MEMBOUND_STALL_AFTER_SECONDS", "inf"),
@@ -84,6 +87,7 @@ def test_a_bad_variable_is_named(variable: str, value: str) -> None:
         ({"bypass_limit_bytes": -1}, "bypass_limit_bytes=-1"),
         ({"bypass_limit_bytes": 1.5}, "bypass_limit_bytes"),
         ({"debug": 1}, "debug=1"),
+        ({"reclaim": None}, "reclaim=None"),
         ({"pressure": None}, "pressure=None"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_putting_and_taking_out_in_turns_leaves_no_trace(again: int):
 # --- lines
 
 
-def waiting(waiters: Waiters, owner: Account, kind: Kind = Kind.GRANT, **options: bool) -> Request:
+def waiting(waiters: Waiters, owner: Account, kind: Kind = Kind.GRANT, **options: Any) -> Request:
     request = Request(owner, 1, kind, **options)
     assert waiters.add(request) == (
         request.exclusive or len(owner.queue.line(request)) == 1  # type: ignore[union-attr]

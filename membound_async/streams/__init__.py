@@ -15,7 +15,6 @@ from .items import Bounded, bounded
 from .memory import (
     MemoryReceiveStream,
     MemorySendStream,
-    MemoryStreamStatistics,
     create_memory_stream,
 )
 
@@ -24,7 +23,6 @@ __all__ = [
     "Bounded",
     "MemoryReceiveStream",
     "MemorySendStream",
-    "MemoryStreamStatistics",
     "bounded",
     "create_memory_stream",
 ]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 
+from membound_async.charges import Charge, available_to, belongs_to, check_count, measure
 from membound_async.eventloop import EventLoop, Handle, running_loop
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.grant import MemoryGrant, Options
 from membound_async.sizes import MAX_BYTES, parse_size, size_of
 
-from .charges import Charge, available_to, check_count, measure
 from .items import NOTHING, OneConsumer, close
 from .memory import MemoryReceiveStream
 
@@ -49,7 +49,8 @@ class Batches(OneConsumer[list[T]]):
     reads ahead by one item at the most.
 
     The items of a memory stream (`create_memory_stream`) of the same component keep the
-    charge that they came with, and if a sender waits for memory, the list is handed over.
+    charge that they came with, and if anybody waits for memory of that component or of this
+    one, the list is handed over.
 
     One task at a time may iterate; if it is cancelled while it waits, everything that was
     read comes the next time. ``async with`` closes the source too, if it can be closed.
@@ -150,7 +151,7 @@ class _Batch(Generic[T]):
         self._item: Any = NOTHING
         """What was read but is in no list yet, its size, and the charge it came with."""
         self._nbytes = 0
-        self._charge: Charge | None = None
+        self._charge: MemoryGrant | None = None
 
     async def fill(self, timer: _Reader[T] | None = None) -> None:
         """Read on until there is something to hand over, or nobody wants it any more.
@@ -192,24 +193,25 @@ class _Batch(Generic[T]):
         self.complete = True
 
     async def _receive(self, stream: MemoryReceiveStream[T]) -> bool:
-        """Take an item with its charge; False if a sender waits for what this list holds."""
+        """Take an item with its charge; False if somebody waits for what this list holds."""
         try:
-            taken = await stream.take(patient=not self._items)
+            taken = await stream.take(holding=self._component if self._items else None)
         except anyio.EndOfStream:
             raise StopAsyncIteration from None
         if taken is None:
             return False
-        item, self._charge = taken
-        if not self._charge.belongs_to(self._component):
+        item, charge = taken
+        self._charge = charge
+        if not belongs_to(charge, self._component):
             size = self._size
-            self._nbytes = self._charge.size if size is None else measure(size, item)
+            self._nbytes = charge.size if size is None else measure(size, item)
         self._item = item
         return True
 
     async def _admit(self) -> bool:
         """See to it that the item that was read is paid for; False if it has to wait."""
         charge = self._charge
-        if charge is not None and charge.belongs_to(self._component):
+        if charge is not None and belongs_to(charge, self._component):
             self._charges.append(charge)
             self._charge = None
             return True

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import anyio
 
+from membound_async.charges import Charge, belongs_to, measure
 from membound_async.context import current_component
 from membound_async.grant import MemoryGrant, find_component
 from membound_async.sizes import parse_size, size_of
 
-from .charges import Charge, measure
 from .memory import MemoryReceiveStream
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Bounded(OneConsumer[T]):
             raise StopAsyncIteration from None
         assert taken is not None
         item, charge = taken
-        if charge.belongs_to(self._owner()):
+        if belongs_to(charge, self._owner()):
             self._grant = charge
             self._nbytes = charge.size
         else:

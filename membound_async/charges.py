@@ -1,4 +1,4 @@
-"""What streams and iterators hold for the items that are theirs just now."""
+"""What inboxes, streams and iterators hold for the items that are theirs just now."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from membound_async.grant import MemoryGrant
-from membound_async.sizes import MAX_BYTES, parse_size
+from .grant import MemoryGrant
+from .sizes import MAX_BYTES, parse_size
 
 if TYPE_CHECKING:
-    from membound_async.component import Component
+    from .component import Component
 
-__all__ = ["Charge", "available_to", "check_count", "measure"]
+__all__ = ["Charge", "available_to", "belongs_to", "check_count", "measure"]
 
 
 class Charge(MemoryGrant):
     """A grant that an iterator or a stream holds: dropped with it, it goes without a word."""
 
     __slots__ = ()
-
-    def belongs_to(self, component: Component) -> bool:
-        """Whether it is held for that component."""
-        mine: bool = self._component._account is component._resolve()._account
-        return mine
 
     def _lost(self) -> None:
         limiter = self._component._limiter
@@ -33,6 +28,12 @@ class Charge(MemoryGrant):
             MemoryGrant._release(self)
         else:
             limiter._abandon(self)
+
+
+def belongs_to(grant: MemoryGrant, component: Component) -> bool:
+    """Whether a grant is held for that component."""
+    mine: bool = grant._component._account is component._resolve()._account
+    return mine
 
 
 def available_to(component: Component) -> float:

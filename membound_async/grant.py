@@ -348,6 +348,8 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer")
+        if target._account is self._component._account:
+            return
         if target is self._component:
             return
         self._changing = request
@@ -369,6 +371,8 @@ class MemoryGrant(GrantState):
         """
         target = self._target(component)
         request = self._transfer_request(target, "transfer_nowait")
+        if target._account is self._component._account:
+            return
         if target is self._component:
             return
         self._changing = request

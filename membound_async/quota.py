@@ -1068,7 +1068,10 @@ class Ledger(Pool):
         if first is None or not self._fits(first):
             return None
         account = first.account
-        is_only = account.granted - account.reserved <= first.held
+        held = account.granted - account.reserved
+        if first.sender is not None:  # what is in flight goes when the component receives it
+            held = max(held, 0) + account.in_flight
+        is_only = held <= first.held
         return (first, False) if is_only and not self._pool_is_held(but_for=account) else None
 
     def _next_in(self, pool: Pool) -> Request | None:

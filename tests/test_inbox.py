@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -385,6 +386,24 @@ async def test_a_slow_receiver_pins_nothing_of_what_its_sender_sends_to_others()
         assert held_by(slow, "x") == 2500
         stuck.receive_nowait().release()
     assert len(stuck._buffer) == 25
+    stuck.close()
+    assert_nothing_is_held(limiter)
+
+
+async def test_nobody_gets_more_than_its_part_in_flight_because_others_pass_it() -> None:
+    limiter = testing.limiter(10_000)
+    a = limiter.component("a")
+    stuck, moving = Inbox[bytes](a), Inbox[bytes](limiter.component("b"))
+    async with anyio.create_task_group() as tasks:
+        await stuck.send(bytes(2500), sender="flood")
+        tasks.start_soon(lambda: stuck.send(bytes(100), sender="flood"))
+        await steps(5)
+        for _ in range(300):
+            with suppress(QuotaExceeded):
+                moving.send_nowait(bytes(100), sender="x")
+                moving.receive_nowait().release()
+            assert has(a) == (0, 2500)
+        tasks.cancel_scope.cancel()
     stuck.close()
     assert_nothing_is_held(limiter)
 
@@ -1038,8 +1057,8 @@ async def test_random_traffic_keeps_every_senders_part(seed: int) -> None:
             for name in "xyz":
                 senders.start_soon(send, name)
         await anyio.sleep(1000)
-        inbox.close()
         tasks.cancel_scope.cancel()
+    inbox.close()
     assert sorted(got) == sorted(sent)
     assert len(got) > 60
     assert_nothing_is_held(limiter)

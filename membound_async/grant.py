@@ -607,6 +607,7 @@ def make_grant(
     if up_to is None and timeout is None and oversize == "raise" and not also and sender is None:
         return MemoryGrant(component, nbytes)
     nbytes = parse_size(nbytes, "nbytes")
+    hash(sender)  # raises TypeError
     if up_to is not None:
         up_to = parse_size(up_to, "up_to")
         if up_to < nbytes:

@@ -408,8 +408,13 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             path = self._receiver().path
             raise QuotaExceeded(path, charge._wanted, 0, "others of the sender wait already")
         if self._places is not None and not self._places.take_nowait():
-            path = self._receiver().path
-            raise QuotaExceeded(path, 1, 0, "max_messages are there", "messages")
+            receiver = self._receiver()
+            limiter = receiver._limiter
+            if not charge._is_held() and not limiter._observe:
+                never = limiter._ledger.refusal(charge._request())
+                if never is not None:
+                    raise never
+            raise QuotaExceeded(receiver.path, 1, 0, "max_messages are there", "messages")
         if not charge._is_held():
             try:
                 charge._acquire_nowait()

@@ -320,6 +320,15 @@ class MemoryLimiter(LimiterState):
             if firm_limit is not None:
                 raise InvalidComponentBounds(path, "firm_limit= and the bytes of limits= are one")
             firm_limit = limits[BYTES]
+        declared = self._components.get(path)
+        if limits is not None and declared is not None:
+            before = declared._account.others
+            for resource, limit in limits.others.items():
+                firm = before[resource].firm_limit if resource in before else NO_LIMIT
+                if firm not in (NO_LIMIT, limit):
+                    raise InvalidComponentBounds(
+                        path, f"its limit of {resource} is {firm} already, not {limit}"
+                    )
         found = self._component(path, minimum, firm_limit)
         if limits is not None and limits.others:
             account: Account = found._account

@@ -5,21 +5,29 @@ The type checkers read this file in CI; running it checks the same names at run 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import assert_type
 
 import membound_async
 from membound_async import (
+    Account,
+    AccountUsage,
     Component,
     ComponentStatistics,
+    Inbox,
+    InboxStatistics,
     LimiterStatistics,
     MemoryBoundsBuilder,
     MemoryGrant,
     MemoryLimit,
     MemoryLimiter,
     MemoryProbe,
+    Polynomial,
+    Received,
     Reclaimer,
     ReclaimerStatistics,
+    ResourceLimits,
     VerifiedBounds,
     current_component,
     current_limiter,
@@ -37,6 +45,10 @@ async def shrink(wanted_bytes: int) -> int:
 class Decoder(Component):
     def specify_bounds(self, b: MemoryBoundsBuilder) -> None:
         b.minimum.fixed("buffer", "1KiB")
+
+
+def bus1_others() -> ResourceLimits:
+    return ResourceLimits(None, **ResourceLimits.bus1().others)
 
 
 async def test_types_of_what_a_program_uses() -> None:
@@ -70,6 +82,38 @@ async def test_types_of_what_a_program_uses() -> None:
             assert_type(handed_on, MemoryGrant)
             handed_on.release()
         assert_type(current_limiter(), MemoryLimiter)
+    bus1 = ResourceLimits.bus1()
+    assert_type(bus1, ResourceLimits)
+    async with MemoryLimiter(
+        "64MiB", slop_factor=0, baseline=0, probe=probe, share=Polynomial(), resources=bus1_others()
+    ) as limiter:
+        peer = limiter.account("peer", bus1)
+        assert_type(peer, Account)
+        assert_type(peer.usage(), dict[str, AccountUsage])
+        receiver = peer.component("receiver")
+        assert_type(receiver, Component)
+        assert_type(limiter.component("other", limits=bus1), Component)
+        async with Inbox[bytes](receiver, overflow="drop_oldest") as inbox:
+            await inbox.send(b"abc", sender="x", bytes=100, handles=2, fds=1)
+            inbox.send_nowait(b"abc", sender=receiver)
+            assert_type(inbox.statistics(), InboxStatistics)
+            received = await inbox.receive()
+            assert_type(received, Received[bytes])
+            assert_type(received.message, bytes)
+            assert_type(received.grant, MemoryGrant)
+            received.release()
+            with inbox.receive_nowait() as second:
+                assert_type(second, Received[bytes])
+            with inbox.send_stream("y") as send, inbox.receive_stream() as receive:
+                await send.send(b"def")
+                assert_type(await receive.receive(), bytes)
+        async with receiver.grant(100, sender="x", also={"fds": 1}) as in_flight:
+            in_flight.deliver({"fds": 0})
+            assert_type(in_flight.also, Mapping[str, int])
+            assert_type(in_flight.split(10), MemoryGrant).release()
+            assert_type(await in_flight.transfer("other"), None)
+            in_flight.transfer_nowait(receiver)
+            assert_type(in_flight.share(), MemoryGrant).release()
     assert_type(testing.limiter("64MiB"), MemoryLimiter)
     assert_type(MemoryLimiter.noop(), MemoryLimiter)
 

@@ -23,7 +23,7 @@ def waiting_holders(
     accounts: Iterable[Account],
     held: Iterable[tuple[Account, object, int]],
     waiting: Iterable[Request],
-) -> dict[Request, int]:
+) -> dict[Request, dict[Account, int]]:
     """Give the requests of all who could give something back, if all of them wait.
 
     Costs time in proportion to what is given to it.
@@ -34,8 +34,9 @@ def waiting_holders(
         waiting: all requests that wait, each with the task that made it, the oldest first.
 
     Returns:
-        Their requests, the oldest first, with how many bytes each task holds; none if anybody
-        can give something back as it is, or if nobody has anything to give back.
+        Their requests, the oldest first, with how many bytes of which account each task holds;
+        none if anybody can give something back as it is, or if nobody has anything to give
+        back.
     """
     out: dict[Account, int] = {}
     for account in accounts:
@@ -49,14 +50,15 @@ def waiting_holders(
             return {}
         if request.task is not None:
             by_task[request.task] = request
-    holders: dict[Request, int] = {}
+    holders: dict[Request, dict[Account, int]] = {}
     for account, task, nbytes in held:
         if nbytes and account in out:
             request_or_none = by_task.get(task)
             if request_or_none is None:
                 return {}
             out[account] -= nbytes
-            holders[request_or_none] = holders.get(request_or_none, 0) + nbytes
+            mine = holders.setdefault(request_or_none, {})
+            mine[account] = mine.get(account, 0) + nbytes
     if any(out.values()):  # somebody is about to take over what was granted to him
         return {}
     return dict(sorted(holders.items(), key=lambda item: item[0].arrival))

@@ -1064,8 +1064,9 @@ class MemoryLimiter(LimiterState):
         holders = waiting_holders(ledger.accounts.values(), held, waiting)
         if not holders or loop is None or not all(loop.is_occupied(r.owner) for r in holders):
             return []
-        waiting.sort(key=lambda request: request not in holders)
-        settled = ledger.suspend_order(waiting)
+        settled = ledger.suspend_order(
+            holders, [request for request in waiting if request not in holders]
+        )
         if settled or any(request.gives_up for request in holders):
             return settled
         return ledger.break_deadlock(holders)

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from itertools import accumulate
 
 from .exceptions import GrantTooLarge, QuotaExceeded
 from .fastpath import NO_LIMIT
@@ -506,57 +505,100 @@ class Ledger(Pool):
         found = [each for account in self.accounts.values() for each in account.waiting()]
         return sorted(found, key=lambda request: request.arrival)
 
-    def suspend_order(self, requests: Iterable[Request]) -> list[Request]:
+    def suspend_order(
+        self, holders: Iterable[Request], others: Iterable[Request] = ()
+    ) -> list[Request]:
         """Admit, of requests that wait, each that fits by its own T and F, whoever is ahead.
 
-        For the others everything is as it was, and order is kept again.
+        If that lets anybody in, the holders that are left go before all who hold nothing.
+
+        Args:
+            holders: those whose tasks hold something, in the order in which they may come in.
+            others: likewise those that come after them.
         """
+        holders = [*holders]
         settled: list[Request] = []
-        for request in requests:
+        for request in (*holders, *others):
             if self._would_fit(request, 0):
                 self._remove(request, State.ADMITTED)
                 self._charge(request)
                 settled.append(request)
                 self._place(request.account)
+        if not settled:
+            return settled
         if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):
             settled += self._drop_impossible(self.accounts.values())
-        return settled + self._dispatch() if settled else settled
+        self._put_first(holders)
+        return settled + self._dispatch()
 
-    def break_deadlock(self, holders: Mapping[Request, int]) -> list[Request]:
+    def break_deadlock(self, holders: Mapping[Request, Mapping[Account, int]]) -> list[Request]:
         """Refuse the youngest of those who wait and hold something, so that others fit.
 
-        Nobody, if one would fit with no drift. Of several, the oldest is left.
+        As few as will do: nobody, if one would fit with no drift. Of several, the oldest is
+        left. Those who are left go before all who hold nothing.
 
         Args:
-            holders: the requests, the oldest first, and how many bytes the task of each holds.
+            holders: the requests, the oldest first, and how many bytes of which account the
+                task of each holds.
         """
-        if any(self._would_fit(request, self.drift) for request in holders):
-            return []
+        left = [*holders]
         names = [account for account in self.accounts.values() if account.granted]
         names.sort(key=lambda account: -account.granted)
         named = tuple((account.name, account.granted) for account in names)
-        left, freed = [*holders], self.drift
-        least = [*accumulate(map(self._needs, left), min)]
-        refused: list[Request] = []
-        while left:
-            request = left.pop()
-            freed += holders[request]
+        refused = [left.pop() for _ in range(self._fewest_refused(holders))]
+        if not refused:
+            return []
+        for request in refused:
             self._remove(request, State.DEADLOCKED)
             request.holders = named
             request.account.refusals += 1
-            refused.append(request)
             self._place(request.account)
-            if len(left) <= 1 or least[len(left) - 1] <= self.free + freed:
-                break
+        self._put_first(left)
         return refused + self._dispatch()
 
-    def _needs(self, request: Request) -> int:
-        """How much of the bytes must be free for a request; not at all: ``NO_LIMIT``."""
-        account = request.account
-        amount = self._amount(request, account)
-        if self._over_firm(request, account, amount):
-            return NO_LIMIT
-        return self._threshold(request, account, amount, self)
+    def _put_first(self, requests: Iterable[Request]) -> None:
+        """Have those of these requests go before all others that are next of their lines."""
+        for request in requests:
+            if request.barrier or request in self.waiters.counting:
+                self.waiters.bar(request, first=True)
+                self._stir_all(request)
+                self._place(request.account)
+
+    def _fewest_refused(self, holders: Mapping[Request, Mapping[Account, int]]) -> int:
+        """How many of the youngest must give back what they hold for one of the others to fit.
+
+        Tried from all but the oldest downwards, with what they hold taken out meanwhile. More
+        to give back never hurts, so whoever does not fit is not looked at again: O(n).
+        """
+        requests = [*holders]
+        count = len(requests)
+        fewest = max(1, count - 1)
+        out = count - 1
+        """The youngest ones whose holdings are taken out."""
+        for request in requests[1:]:
+            self._take_out(holders[request], 1)
+        for others, request in zip(range(count - 1, -1, -1), requests, strict=True):
+            while out and out > min(fewest - 1, others):
+                self._take_out(holders[requests[count - out]], -1)
+                out -= 1
+            while out < fewest and self._would_fit(request, self.drift):
+                fewest = out
+                if out:
+                    self._take_out(holders[requests[count - out]], -1)
+                    out -= 1
+        return fewest
+
+    @staticmethod
+    def _take_out(held: Mapping[Account, int], sign: int) -> None:
+        """Take out what was granted as if it was given back, or put it back: -1."""
+        for account, nbytes in held.items():
+            before = account.held
+            account.granted -= sign * nbytes
+            account.excess = max(account.granted, account.live) - account.reserved
+            now = account.held
+            for pool in account.pools:
+                pool.free += before - now
+                pool.consumers += bool(now) - bool(before)
 
     def _would_fit(self, request: Request, more: int) -> bool:
         """Whether a request fits by its own thresholds, if so many bytes more were free."""

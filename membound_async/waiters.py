@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
-from .fastpath import WaitersState
+from .fastpath import NO_LIMIT, WaitersState
 
 if TYPE_CHECKING:
     from .stocks import Account, Sender, Stock
@@ -156,13 +156,13 @@ class Queue:
     def head(self) -> Request:
         """Give who is next.
 
-        The grow of a grant that holds the pool alone; else the older barrier; else the first
+        The grow of a grant that holds the pool alone; else the first barrier; else the first
         grow; else the first of the others.
         """
         fronts = self.fronts()
         barriers = [front for front in fronts if front.barrier]
         if barriers and not fronts[0].exclusive:
-            return min(barriers, key=lambda front: front.arrival)
+            return min(barriers, key=lambda front: front.orders[0].barriers[front])
         return fronts[0]
 
     def __iter__(self) -> Iterator[Request]:
@@ -227,7 +227,8 @@ class Order:
             first.
         counting: fronts by where ``passed`` stood when they began to count.
         bypassed: how much was granted past those fronts that have counted, but do not now.
-        barriers: fronts that too much was granted past, by arrival.
+        barriers: fronts that too much was granted past, by arrival; before them those who hold
+            what others wait for.
     """
 
     def __init__(self) -> None:
@@ -252,7 +253,7 @@ class Order:
                 self.growing.discard(request)
 
     def first_barrier(self) -> Request | None:
-        """Give the barrier that arrived first."""
+        """Give the barrier that goes before the others."""
         return self.barriers.first()
 
 
@@ -346,12 +347,12 @@ class Waiters(WaitersState, Order):
                 order.barriers.discard(front)
         front.barrier = False
 
-    def bar(self, front: Request) -> None:
-        """Make a front that counts a barrier."""
+    def bar(self, front: Request, *, first: bool = False) -> None:
+        """Make a front that counts a barrier, or one that goes before other barriers."""
         self.stop_counting(front)
         front.barrier = True
         for order in front.orders:
-            order.barriers.put(front, front.arrival)
+            order.barriers.put(front, front.arrival - first * NO_LIMIT)
 
     def lift(self, barrier: Request) -> None:
         """Make a barrier an ordinary front again, which counts from 0."""

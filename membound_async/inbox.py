@@ -267,7 +267,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             anyio.BrokenResourceError: the inbox is closed, or was closed meanwhile.
         """
         charge = self._charge(message, sender, bytes, grant, also)
-        await self._turn()
+        await self._turn(always=True)
         if not self._send_at_once(message, charge):
             await self._send(self, message, charge)
 
@@ -353,15 +353,20 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
                 self._component = component
         return component._resolve()
 
-    def _turn(self) -> Coroutine[Any, Any, None]:
-        """Give what lets others run if that is due, and is cancelled if it is to be."""
+    def _turn(self, *, always: bool = False) -> Coroutine[Any, Any, None]:
+        """Give what lets others run, ``always`` or if that is due; and ends a cancelled task.
+
+        Who sends always does: those who fill an inbox would else have what is left of it one
+        after the other, and not at the same time.
+        """
         component = self._component
         if component is not None and component._limiter is not None:
             limiter = component._limiter
             now = limiter._now()
             if now < limiter._yield_at:
-                return anyio.lowlevel.checkpoint_if_cancelled()
-            if asyncio._get_running_loop() is limiter._loop_token:
+                if not always:
+                    return anyio.lowlevel.checkpoint_if_cancelled()
+            elif asyncio._get_running_loop() is limiter._loop_token:
                 limiter._has_yielded(now)
         return anyio.lowlevel.checkpoint()
 

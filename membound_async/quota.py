@@ -693,7 +693,11 @@ class Ledger(Pool):
     def resize(self, limit: int) -> list[Request]:
         """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
         self._set_capacity(limit, self.drift, self.committed, self.highest_committed)
-        return self._drop_impossible(self.accounts.values()) + self._dispatch()
+        dropped = self._drop_impossible(self.accounts.values())
+        for account in self.accounts.values():
+            if account.by_sender:
+                self._place(account)
+        return dropped + self._dispatch()
 
     # --- what a request needs
 
@@ -764,16 +768,48 @@ class Ledger(Pool):
         return 0, 0
 
     def _over_firm(self, request: Request, stock: Stock, amount: int) -> bool:
-        """Whether it waits for its own component to give something back."""
+        """Whether it waits for its own component to give something back, or to receive it.
+
+        For a sender that is so, too, if it would not fit even with all others gone: so whoever
+        fills an inbox that is never read holds up nobody who sends to others.
+        """
         if request.kind is Kind.ENTER or (request.also and not amount):
             return False
         left = stock.firm_limit - stock.in_flight
         if request.sender is None:
             return stock.granted + amount > left
-        if stock.firm_limit == NO_LIMIT:
+        x = self._inner(request, stock, amount)
+        if x == READY:
             return False
-        left -= max(stock.granted, stock.reserved)
-        return self._inner(request, stock, amount) > self._unit * left
+        if stock.firm_limit != NO_LIMIT:
+            left -= max(stock.granted, stock.reserved)
+            if x > self._unit * left:
+                return True
+        p, q = self._idle_part
+        held, reserved, most = stock.held, stock.reserved, x * q
+        return any(
+            most > self._unit * (p * (self._capacity(pool) - reserved) - q * held)
+            for pool in stock.pools
+        )
+
+    def _waits_for_others(self, request: Request, stock: Stock) -> bool:
+        """Whether a sender that is over waits for what others have in flight to be received.
+
+        Else it is only what it has in flight itself that keeps it out.
+        """
+        assert request.sender is not None
+        mine = request.sender.held.get(stock, 0)
+        others = stock.in_flight - mine
+        x = self._inner(request, stock, self._amount(request, stock))
+        firm, reserved = stock.firm_limit, stock.reserved
+        if x > self._unit * (firm - max(stock.granted, reserved) - mine):
+            return False
+        p, q = self._idle_part
+        held = stock.held - others
+        return all(
+            x * q <= self._unit * (p * (self._capacity(pool) - reserved) - q * held)
+            for pool in stock.pools
+        )
 
     def _need(self, request: Request) -> int:
         """``c`` of a request: what it would draw from the pool of bytes."""
@@ -796,6 +832,10 @@ class Ledger(Pool):
         for stock, amount in demands:
             if self._over_firm(request, stock, amount):
                 return stock, None
+            if request.sender is not None and amount and stock.among is not None:
+                barrier = stock.among.first_barrier()
+                if barrier is not None and barrier is not request:
+                    return stock, None
         for stock, amount in demands:
             for pool in stock.pools:
                 threshold = self._threshold(request, stock, amount, pool)
@@ -1019,6 +1059,8 @@ class Ledger(Pool):
                     self._add(stock, -amount, None)
             for stock, amount in self._amounts(account, request.nbytes, request.also):
                 self._add(stock, amount, sender)
+                if sender is not None:
+                    self._pass_senders(stock, amount)
                 if stock is not account and self.waiters.count:
                     self._pass(stock, amount)
             if account.granted > account.peak:
@@ -1029,6 +1071,20 @@ class Ledger(Pool):
         request.out_of_turn = not in_turn
         if draw > 0:
             self._pass(account, draw)
+
+    def _pass_senders(self, stock: Stock, amount: int) -> None:
+        """Note that so much was sent past those who wait for others' messages to be received.
+
+        Who was passed by as much as the component may have goes before all its other senders.
+        """
+        among = stock.among
+        if among is None:
+            return
+        among.passed += amount
+        least = among.passed - min([stock.firm_limit, *(pool.limit for pool in stock.pools)])
+        while (front := among.counting.first()) is not None and among.counting[front] < least:
+            among.counting.discard(front)
+            among.barriers.put(front, front.arrival)
 
     def _pass(self, stock: Stock, amount: int) -> None:
         """Note that so much was drawn past all who wait."""
@@ -1056,6 +1112,9 @@ class Ledger(Pool):
             request.source.incoming.pop(request, None)
         sender = request.sender
         if sender is not None:
+            for stock, _ in self._demands(request):
+                if stock.among is not None:
+                    stock.among.forget(request)
             if sender.line:
                 self._put(next(iter(sender.line)))
             elif not sender.held:
@@ -1161,6 +1220,12 @@ class Ledger(Pool):
             assert stock.parked is not None
             if parked:
                 stock.parked.put(front, needed)
+                if stock.among is None:
+                    stock.among = Order()
+                if self._waits_for_others(front, stock):
+                    stock.among.begin(front)
+                else:
+                    stock.among.pause(front)
             else:
                 stock.parked.discard(front)
         self._rank(stock)
@@ -1232,8 +1297,14 @@ class Ledger(Pool):
         over what is held already, has it ranked beside the first of its senders'.
         """
         own, fronts = stock.own, stock.fronts
-        front = fronts.first() if fronts else None
-        least = fronts[front] if fronts and front is not None else READY
+        front, least = None, READY
+        if fronts:
+            front = fronts.first()
+            barrier = None if stock.among is None else stock.among.first_barrier()
+            if barrier is not None:
+                front = barrier if barrier.stock is stock else None
+            if front is not None:
+                least = fronts[front]
         if not stock.pools:
             return ()
         if own is not None and self._over_firm(own, stock, self._amount(own, stock)):
@@ -1409,16 +1480,20 @@ class Ledger(Pool):
 
     def _next_barred(self, pool: Pool) -> Request | None:
         """Give who goes before all others in a closed pool, if it may come in."""
-        first = self._first_when_closed() if pool is self else pool.order.first_barrier()
-        if first is None:
-            return None
-        lacks = self._lacks(first)
-        if lacks is None:
-            return first
-        if lacks[1] is None:
-            self._put(first)
+        while True:
+            first = self._first_when_closed() if pool is self else pool.order.first_barrier()
+            if first is None:
+                return None
+            lacks = self._lacks(first)
+            if lacks is None:
+                return first
+            if lacks[1] is not None:
+                break
+            self._put(first)  # it is no barrier any more
             self._bar_overdue()
-        elif lacks[0] is not first.stock:
+            if first.barrier:
+                return None
+        if lacks[0] is not first.stock:
             self._put(first)
         return None
 

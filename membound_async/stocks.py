@@ -61,6 +61,8 @@ class Stock(AccountState):
         excess: ``d``: what the component itself has beyond what is reserved for it.
         senders: how many senders have any.
         own: who is next of the component's own line, if that waits here.
+        among: those of the fronts that wait for what others have in flight to be received, by
+            what was sent past them.
         fronts: who is next of the senders' lines, those that wait here; by what each needs.
         parked: those of them that wait for the firm limit, and count nothing; likewise.
         ranked: the first of all these, and for which pool it waits; seldom two.
@@ -68,6 +70,7 @@ class Stock(AccountState):
 
     __slots__ = (
         "account",
+        "among",
         "fronts",
         "own",
         "parked",
@@ -93,6 +96,7 @@ class Stock(AccountState):
         self.grouped = False
         self.queue = None
         self.own: Request | None = None
+        self.among: Order | None = None
         self.fronts: Ranking | None = None
         self.parked: Ranking | None = None
         self.ranked: dict[Request, Pool] = {}

@@ -256,6 +256,24 @@ class Order:
         """Give the barrier that goes before the others."""
         return self.barriers.first()
 
+    def begin(self, front: Request) -> None:
+        """Let a front that is no barrier here count what is granted past it from now on."""
+        if front not in self.counting and front not in self.barriers:
+            before = self.bypassed.pop(front, 0) if self.bypassed else 0
+            self.counting.put(front, self.passed - before)
+
+    def pause(self, front: Request) -> None:
+        """Keep a front's count as it stands."""
+        if front in self.counting:
+            self.bypassed[front] = self.passed - self.counting[front]
+            self.counting.discard(front)
+
+    def forget(self, front: Request) -> None:
+        """Forget what a front has counted, and that it is a barrier here."""
+        self.counting.discard(front)
+        self.barriers.discard(front)
+        self.bypassed.pop(front, None)
+
 
 class Waiters(WaitersState, Order):
     """All requests that wait, and the order between those that wait for bytes.
@@ -332,18 +350,14 @@ class Waiters(WaitersState, Order):
         """Let a front that is no barrier count what is granted past it from now on."""
         if not front.barrier:
             for order in front.orders:
-                if front not in order.counting:
-                    before = order.bypassed.pop(front, 0) if order.bypassed else 0
-                    order.counting.put(front, order.passed - before)
+                order.begin(front)
 
     @staticmethod
     def stop_counting(front: Request) -> None:
         """Keep a front's count as it stands; it is no barrier while it does not count."""
         for order in front.orders:
-            if front in order.counting:
-                order.bypassed[front] = order.passed - order.counting[front]
-                order.counting.discard(front)
-            elif front.barrier:
+            order.pause(front)
+            if front.barrier:
                 order.barriers.discard(front)
         front.barrier = False
 

@@ -214,11 +214,19 @@ class World:
                 found.append(Need(resource, max(0, amount - unused), over))
                 continue
             over = False
-            if firm is not None and amount:
+            if amount:
                 have = component.sent_by(resource, wish.sender)
-                granted = max(component.granted.get(resource, 0), component.reserve(resource))
                 part = self.part_of_sender(component, resource, wish.sender)
-                over = have + amount > part * (firm - granted - (component.sent(resource) - have))
+                granted = max(component.granted.get(resource, 0), component.reserve(resource))
+                if firm is not None:
+                    left = firm - granted - (component.sent(resource) - have)
+                    over = have + amount > part * left
+                # Not even with all other components gone would there be enough.
+                alone = Fraction(1, 2) if self.share is None else self.share
+                for place in self.places(component, resource):
+                    quota = alone * (self.capacity(place) - component.reserve(resource))
+                    left_of_it = quota - (component.held(resource) - have)
+                    over = over or have + amount > part * left_of_it
             found.append(Need(resource, amount, over))
         return found
 

@@ -606,6 +606,13 @@ class Pair:
                 f"{name}: {first.owner.ticket} is a barrier that lacks {place}",
             )
 
+    def is_behind_another_sender(self, front: Request) -> bool:
+        """Whether somebody else's messages to the same component go first, as it was passed."""
+        stocks = [stock for stock, amount in self.ledger._demands(front) if amount]
+        barriers = [each.among.first_barrier() for each in stocks if each.among is not None]
+        must(all(each is None or each in self.waiting for each in barriers), "a barrier is gone")
+        return front.sender is not None and any(each not in (None, front) for each in barriers)
+
     # --- what must be so after each operation
 
     def check(self) -> None:
@@ -635,6 +642,8 @@ class Pair:
                 wanted = {need.resource for need in world.needs(wish) if need.draw}
                 if world.parked_at(self.waiting[own]) & wanted:
                     continue
+            if self.is_behind_another_sender(front):
+                continue
             drawn = world.drawn(wish)
             must(
                 bool(drawn & closed),

@@ -408,7 +408,6 @@ async def test_nobody_gets_more_than_its_part_in_flight_because_others_pass_it()
     assert_nothing_is_held(limiter)
 
 
-@pytest.mark.xfail(reason="whoever waits for what it has in flight itself becomes a barrier")
 async def test_a_sender_that_waits_for_its_own_messages_stops_nobody_for_long() -> None:
     limiter = testing.limiter(10_000)
     stuck = Inbox[bytes](limiter.component("slow"))

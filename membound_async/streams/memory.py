@@ -96,7 +96,7 @@ class MemorySendStream(_End, anyio.abc.ObjectSendStream[T]):
             anyio.BrokenResourceError: all receive streams are closed, or were meanwhile.
         """
         inbox = self._inbox
-        await inbox._turn()
+        await inbox._turn(always=True)
         inbox._check_end(self)
         charge = inbox._charge(item, self._sender, None, None, {})
         if not inbox._send_at_once(item, charge):

@@ -342,7 +342,7 @@ class MemoryLimiter(LimiterState):
     def account(self, name: str, limits: ResourceLimits) -> ComponentAccount:
         """Make an account: components that divide these limits among themselves.
 
-        See `membound_async.Account`.
+        See `membound_async.accounts.Account`.
         """
         from .accounts import Account
 

@@ -49,7 +49,8 @@ class Shares:
 PLAIN = Options()
 
 SEVERAL = object()
-"""The holder of a grant that several tasks have entered: each of them may give it back."""
+"""The holder of a grant that is shared, or that several tasks have entered: any of them may
+give it back."""
 
 
 class MemoryGrant(GrantState):
@@ -133,7 +134,9 @@ class MemoryGrant(GrantState):
             )
             return acquiring
         if holder is not None:
-            self._holder = holder if self._holder in (None, holder) else SEVERAL
+            is_shared = self._options is not None and self._options.shares is not None
+            is_its = self._holder in (None, holder) and not is_shared
+            self._holder = holder if is_its else SEVERAL
         return self._held_already()
 
     async def _held_already(self) -> Self:

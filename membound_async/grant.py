@@ -243,7 +243,8 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: together with what it holds, it could never be had.
-            GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
+            GrantDeadlock: all who hold memory wait for more, none of them can be given any, and
+                this task is one of those who have held theirs for the shortest time.
         """
         request = self._grow_request(nbytes, "grow")
         self._changing = request

@@ -33,8 +33,8 @@ from typing import Any
 import anyio
 
 from membound_async import Component, GrantError, MemoryGrant, testing
-from membound_async.waiters import State
 from membound_async.testing import ScriptedProbe
+from membound_async.waiters import State
 
 __all__ = ["Wrong", "main", "run_programs"]
 
@@ -597,9 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("membound_async").setLevel(logging.CRITICAL)
     started = time.perf_counter()
     try:
-        total = run_programs(
-            options.seed, range(options.first, options.first + options.programs)
-        )
+        total = run_programs(options.seed, range(options.first, options.first + options.programs))
     except Wrong as wrong:
         print(wrong)
         return 1

@@ -209,22 +209,19 @@ def test_as_few_are_refused_as_will_do() -> None:
 
 def test_what_is_given_back_to_a_component_counts_for_its_own_share_and_firm_limit() -> None:
     ledger = Ledger(1000, share=Fraction(1, 2))
-    requests = []
-    for number in range(4):
-        ledger.force(Request(ledger.account("a", firm_limit=400), 100))
-        requests.append(asked(ledger, "a", 50, number))
+    ledger.force(Request(ledger.account("a", firm_limit=400), 400))
+    requests = [asked(ledger, "a", 50, number) for number in range(4)]
     assert break_it(ledger, *((request, {"a": 100}) for request in requests)) == [3]
 
     ledger = Ledger(1000, share=Fraction(1, 2))
-    requests = []
-    for number in range(3):
-        ledger.force(Request(ledger.account("a"), 150))
-        requests.append(asked(ledger, "a", 120, number))  # T = 2*120 + s: 690, 540 with one less
-    ledger.force(Request(ledger.account("b"), 150))
-    requests.append(asked(ledger, "b", 400, 3))  # R = 400
+    for name, nbytes in (("a", 450), ("b", 150)):
+        ledger.force(Request(ledger.account(name), nbytes))
+    requests = [asked(ledger, "a", 120, number) for number in range(3)]  # T = 690
+    requests.append(asked(ledger, "b", 400, 3))  # T = 950
+    assert not ledger._would_fit(requests[0], 150)  # of b
     held = [(request, {"a": 150}) for request in requests[:3]] + [(requests[3], {"b": 150})]
-    assert break_it(ledger, *held[:2], held[3], held[2]) == [3]  # R = 550, T = 540
-    assert not ledger._would_fit(requests[0], 130)
+    # With 150 of a's: R = 550, T = 540.
+    assert break_it(ledger, held[0], held[1], held[3], held[2]) == [3]
 
 
 def test_one_alone_is_refused_unless_it_would_fit_with_no_drift() -> None:
@@ -241,10 +238,9 @@ def test_one_alone_is_refused_unless_it_would_fit_with_no_drift() -> None:
 
 def test_the_number_of_consumers_is_as_it_will_be() -> None:
     ledger = Ledger(900, share=Polynomial())
-    requests = []
     for name in "abc":
         ledger.force(Request(ledger.account(name), 150))
-        requests.append(asked(ledger, name, 180, name))
+    requests = [asked(ledger, name, 180, name) for name in "abc"]
     # (150 + 180) * 4 > 450 + 150; with one less, 330 * 3 > 750; with two, 330 * 2 <= 900.
     held = ((request, {request.account.name: 150}) for request in requests)
     assert break_it(ledger, *held) == [2, 1]
@@ -295,8 +291,8 @@ async def test_the_youngest_is_refused_and_the_other_goes_on(logs: list[Any]) ->
     assert (error.component, error.wanted_bytes) == ("b", 300)
     assert error.holders == (("b", 450), ("a", 400))
     assert str(error) == (
-        "component 'b' waited for 300 bytes, but all who hold memory wait for more ('b': 450 bytes, "
-        "'a': 400 bytes); ask once for all that is needed, for example with up_to=, or give back "
+        "component 'b' waited for 300 bytes, but all who hold memory wait for more "
+        "('b': 450 bytes, 'a': 400 bytes); ask once for all that is needed, for example with up_to=, or give back "
         "before asking again"
     )
     again = pickle.loads(pickle.dumps(error))
@@ -584,11 +580,10 @@ async def test_a_grant_that_two_have_entered_rules_it_out() -> None:
         async with grant:
             await anyio.sleep(50 - anyio.current_time())
 
-    async with anyio.create_task_group() as tasks:
-        async with limiter.component("a").grant(600) as grant:
-            tasks.start_soon(enter, grant)
-            await anyio.sleep(0.1)
-            await wait_for(limiter, 600)
+    async with anyio.create_task_group() as tasks, limiter.component("a").grant(600) as grant:
+        tasks.start_soon(enter, grant)
+        await anyio.sleep(0.1)
+        await wait_for(limiter, 600)
 
 
 @pytest.mark.virtual_time
@@ -698,11 +693,11 @@ async def test_drift_may_go_away() -> None:
 @pytest.mark.virtual_time
 async def test_a_minimum_is_in_the_way_and_given_up_by_nobody() -> None:
     limiter = testing.limiter(1000, share=1)
-    async with limiter.component("kept", minimum=300), limiter.grant(600):
-        async with limiter.component("kept").grant(300):
-            with pytest.raises(GrantDeadlock):
-                async with limiter.grant(200):
-                    pass
+    a = limiter.component("a")
+    async with limiter.component("kept", minimum=300), a.grant(600):
+        with pytest.raises(GrantDeadlock):
+            async with a.grant(200):
+                pass
 
 
 @pytest.mark.virtual_time
@@ -825,9 +820,10 @@ async def test_5000_tasks_growing_grants_finish(share: Any, components: int) -> 
                     await grant.grow(500 + number % 11)
                     await anyio.sleep(0.01)
                     ended["done"] += 1
-                return
             except GrantDeadlock:
                 ended["refused"] += 1
+            else:
+                return
 
     started = time.perf_counter()
     async with anyio.create_task_group() as tasks:
@@ -852,10 +848,10 @@ async def test_tasks_that_grow_again_and_again_finish() -> None:
                     for _ in range(20):
                         await anyio.sleep(0.01)
                         await grant.grow(100 + number % 11)
-                done.append(number)
-                return
             except GrantDeadlock:
-                pass
+                continue
+            done.append(number)
+            return
 
     with anyio.fail_after(600):
         async with anyio.create_task_group() as tasks:

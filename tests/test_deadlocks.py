@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 import time
@@ -799,9 +800,13 @@ async def test_a_cancelled_waiter_is_no_waiter() -> None:
     assert refused == []
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize(("share", "components"), [(1, 1), (1, 5000), (Fraction(1, 2), 5000)])
-async def test_5000_tasks_growing_grants_finish(share: Any, components: int) -> None:
+def test_5000_tasks_growing_grants_finish(share: Any, components: int) -> None:
+    with asyncio.Runner(loop_factory=testing.VirtualTimeLoop) as runner:
+        runner.run(grow_5000(share, components))
+
+
+async def grow_5000(share: Any, components: int) -> None:
     limiter = testing.limiter(1_500_000, share=share)
     ended: Counter[str] = Counter()
     looks, untangle = [], limiter._untangle
@@ -830,7 +835,7 @@ async def test_5000_tasks_growing_grants_finish(share: Any, components: int) -> 
     async with anyio.create_task_group() as tasks:
         for number in range(5000):
             tasks.start_soon(work, number)
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 10
     assert ended["done"] == 5000
     assert ended["refused"] <= 5
     assert len(looks) <= 20

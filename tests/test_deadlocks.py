@@ -866,10 +866,9 @@ async def test_tasks_that_grow_again_and_again_finish() -> None:
     assert sorted(done) == [*range(20)]
 
 
-@pytest.mark.parametrize("first", [0, 100, 200, 300])
-def test_each_look_does_what_the_judge_says_in_random_programs(first: int) -> None:
+def test_each_look_does_what_the_judge_says_in_random_programs() -> None:
     logging.getLogger("membound_async").setLevel(logging.CRITICAL)
-    total = run_programs("suite", range(first, first + 100))
-    assert total["deadlocked"] > 5
-    assert total["admitted"] > 5
-    assert total["looks"] > 500
+    total = run_programs("suite", range(400))
+    assert total["deadlocked"] > 30
+    assert total["admitted"] > 20
+    assert total["looks"] > 1500

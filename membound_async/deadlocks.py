@@ -21,7 +21,7 @@ __all__ = ["waiting_holders"]
 
 def waiting_holders(
     accounts: Iterable[Account],
-    held: Iterable[tuple[Account, object, int]],
+    held: Iterable[tuple[Account, object, int, float]],
     waiting: Iterable[Request],
 ) -> dict[Request, dict[Account, int]]:
     """Give the requests of all who could give something back, if all of them wait.
@@ -30,13 +30,14 @@ def waiting_holders(
 
     Args:
         accounts: those there are.
-        held: of each grant its account, the task whose block it is or None, and its bytes.
-        waiting: all requests that wait, each with the task that made it, the oldest first.
+        held: of each grant its account, the task whose block it is or None, its bytes, and since
+            when it is held.
+        waiting: all requests that wait, each with the task that made it.
 
     Returns:
-        Their requests, the oldest first, with how many bytes of which account each task holds;
-        none if anybody can give something back as it is, or if nobody has anything to give
-        back.
+        Their requests, with how many bytes of which account each task holds, those first whose
+        tasks have held any of it the longest; none if anybody can give something back as it
+        is, or if nobody has anything to give back.
     """
     out: dict[Account, int] = {}
     for account in accounts:
@@ -51,7 +52,8 @@ def waiting_holders(
         if request.task is not None:
             by_task[request.task] = request
     holders: dict[Request, dict[Account, int]] = {}
-    for account, task, nbytes in held:
+    oldest: dict[Request, float] = {}
+    for account, task, nbytes, since in held:
         if nbytes and account in out:
             request_or_none = by_task.get(task)
             if request_or_none is None:
@@ -59,6 +61,8 @@ def waiting_holders(
             out[account] -= nbytes
             mine = holders.setdefault(request_or_none, {})
             mine[account] = mine.get(account, 0) + nbytes
+            oldest[request_or_none] = min(since, oldest.get(request_or_none, since))
     if any(out.values()):  # somebody is about to take over what was granted to him
         return {}
-    return dict(sorted(holders.items(), key=lambda item: item[0].arrival))
+    order = sorted(holders, key=lambda request: (oldest[request], request.arrival))
+    return {request: holders[request] for request in order}

@@ -271,8 +271,8 @@ class GrantTimeout(GrantError, TimeoutError):
 class GrantDeadlock(GrantError):
     """All who hold memory wait for more, and none of them can be given any.
 
-    The youngest of them gets it. The others go on as soon as its blocks have given back what
-    they hold.
+    Those get it who have held something for the shortest time, as few as will do. The others go
+    on as soon as their blocks have given back what they hold.
 
     Attributes:
         component: who asked.

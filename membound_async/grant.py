@@ -49,7 +49,8 @@ class Shares:
 PLAIN = Options()
 
 SEVERAL = object()
-"""The holder of a grant that several tasks have entered: each of them may give it back."""
+"""The holder of a grant that is shared, or that several tasks have entered: any of them may
+give it back."""
 
 
 class MemoryGrant(GrantState):
@@ -133,7 +134,9 @@ class MemoryGrant(GrantState):
             )
             return acquiring
         if holder is not None:
-            self._holder = holder if self._holder in (None, holder) else SEVERAL
+            is_shared = self._options is not None and self._options.shares is not None
+            is_its = self._holder in (None, holder) and not is_shared
+            self._holder = holder if is_its else SEVERAL
         return self._held_already()
 
     async def _held_already(self) -> Self:
@@ -239,7 +242,8 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: together with what it holds, it could never be had.
-            GrantDeadlock: all who hold memory wait for more, and this is the youngest request.
+            GrantDeadlock: all who hold memory wait for more, none of them can be given any, and
+                this task is one of those who have held theirs for the shortest time.
         """
         request = self._grow_request(nbytes, "grow")
         self._changing: Request | None = request

@@ -187,7 +187,7 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
-        self._moved_at_tick: int = -1
+        self._moved_at_tick = self._ended_at_tick = -1
         self._untangled = False
         """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
@@ -1021,8 +1021,11 @@ class MemoryLimiter(LimiterState):
     def _look_for_deadlock(self) -> None:
         """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
         ledger = self._ledger
-        looks = self._untangled or ledger.moved == self._moved_at_tick
-        self._moved_at_tick = ledger.moved
+        ended = ledger.waiters.ended
+        looks = (
+            self._untangled or ledger.moved == self._moved_at_tick or ended == self._ended_at_tick
+        )
+        self._moved_at_tick, self._ended_at_tick = ledger.moved, ended
         self._untangled = False
         if not looks or not ledger.waiters.count:
             return
@@ -1052,12 +1055,12 @@ class MemoryLimiter(LimiterState):
         """Settle requests if all who hold anything wait; with the lock held.
 
         Order is suspended first. If that lets nobody in, and nobody could come in if there
-        was no drift, or gives up by itself, the youngest of those who hold something are
-        refused until there is enough for one of the others.
+        was no drift, or gives up by itself, those who have held something for the shortest
+        time are refused until there is enough for one of the others.
         """
         ledger, loop = self._ledger, self._loop
         held = [
-            (grant._component._account, grant._holder, grant._size)
+            (grant._component._account, grant._holder, grant._size, grant._since)
             for grant in self._grants.snapshot()
         ]
         waiting = ledger.all_waiting()

@@ -557,10 +557,10 @@ class Ledger(Pool):
         return refused + self._dispatch()
 
     def _put_first(self, requests: Iterable[Request]) -> None:
-        """Have those of these requests go before all others that are next of their lines."""
-        for request in requests:
+        """Have those of these that are next of their lines go before all others, in order."""
+        for place, request in enumerate(requests):
             if request.barrier or request in self.waiters.counting:
-                self.waiters.bar(request, first=True)
+                self.waiters.bar(request, place)
                 self._stir_all(request)
                 self._place(request.account)
 

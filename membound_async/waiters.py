@@ -289,6 +289,11 @@ class Waiters(WaitersState, Order):
         self.alone = 0
         self._arrivals = 0
 
+    @property
+    def ended(self) -> int:
+        """How many do not wait any more."""
+        return self._arrivals - self.count
+
     def add(self, request: Request, orders: tuple[Order, ...] | None = None) -> bool:
         """Put a request at the end of its line; of an exclusive grant, at its front.
 
@@ -361,12 +366,12 @@ class Waiters(WaitersState, Order):
                 order.barriers.discard(front)
         front.barrier = False
 
-    def bar(self, front: Request, *, first: bool = False) -> None:
-        """Make a front that counts a barrier, or one that goes before other barriers."""
+    def bar(self, front: Request, place: int | None = None) -> None:
+        """Make a front that counts a barrier, or one that has a place before the others."""
         self.stop_counting(front)
         front.barrier = True
         for order in front.orders:
-            order.barriers.put(front, front.arrival - first * NO_LIMIT)
+            order.barriers.put(front, front.arrival if place is None else place - NO_LIMIT)
 
     def lift(self, barrier: Request) -> None:
         """Make a barrier an ordinary front again, which counts from 0."""

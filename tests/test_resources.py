@@ -300,7 +300,9 @@ class Generous(Watched):
         return amount * self._unit
 
 
-@pytest.mark.parametrize(("make", "says"), [(Forgetful, "could go on"), (Generous, "too little")])
+@pytest.mark.parametrize(
+    ("make", "says"), [(Forgetful, "could go on"), (Generous, "admitted: over")]
+)
 def test_a_broken_ledger_is_found_and_the_operations_are_few(make: type[Watched], says: str):
     found = fuzz(20_000, 3, make)
     assert found is not None

@@ -158,7 +158,7 @@ class MemoryGrant(GrantState):
         if self._state != NEW or self._component._limiter is None:
             self._begin()
             self._state = NEW
-        limiter = self._component._limiter
+        limiter: Any = self._component._limiter
         if asyncio._get_running_loop() is limiter._loop_token:
             now = limiter._now()
             if now < limiter._calm_until:

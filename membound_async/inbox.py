@@ -341,8 +341,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
         slices = component._limiter._ledger.knows(component._account, "slices")
         if also or slices:
             also = check_amounts(component, {"slices": 1, **also} if slices else also)
-        options = (None, None, False, also or NOTHING, sender, None)
-        return Charge(component, nbytes, tuple.__new__(Options, options))
+        return Charge(component, nbytes, Options(None, None, False, also or NOTHING, sender))
 
     def _receiver(self) -> Component:
         component = self._component

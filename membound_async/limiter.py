@@ -187,7 +187,8 @@ class MemoryLimiter(LimiterState):
         self._delay_seconds: dict[Account, float] = {}
         self._first_barrier: Request | None = None
         self._first_barrier_at = 0.0
-        self._moved_at_tick = self._ended_at_tick = -1
+        self._moved_at_tick: int = -1
+        self._ended_at_tick: int = -1
         self._untangled = False
         """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
@@ -1021,7 +1022,7 @@ class MemoryLimiter(LimiterState):
     def _look_for_deadlock(self) -> None:
         """Do something about a deadlock, if there is one: in the loop's thread, on a timer."""
         ledger = self._ledger
-        ended = ledger.waiters.ended
+        ended: int = ledger.waiters.ended
         looks = (
             self._untangled or ledger.moved == self._moved_at_tick or ended == self._ended_at_tick
         )

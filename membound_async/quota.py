@@ -1268,17 +1268,17 @@ class Ledger(Pool):
             stock: where they wait.
             lacking: one of them and the pool that it lacks, if that is known.
         """
-        firsts, ranked = self._firsts(stock), stock.ranked
+        firsts, ranked, pools = self._firsts(stock), stock.ranked, [*stock.pools]
         for request in [*ranked]:
             if request not in firsts:
                 stock.unrank(request)
         for first in firsts:
             amount = self._amount(first, stock)
             known = lacking[1] if lacking is not None and lacking[0] is first else None
-            pool = known or ranked.get(first) or stock.pools[-1]
+            pool = known or ranked.get(first) or pools[-1]
             threshold = self._threshold(first, stock, amount, pool)
-            if known is None and len(stock.pools) > 1:
-                for other in stock.pools:
+            if known is None and len(pools) > 1:
+                for other in pools:
                     needed = self._threshold(first, stock, amount, other)
                     if needed != READY and needed > other.free:
                         pool, threshold = other, needed

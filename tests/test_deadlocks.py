@@ -70,7 +70,7 @@ def test_who_holds_and_waits() -> None:
     second = asked(ledger, "c", 400, "second")
     first = asked(ledger, "c", 500, "first")
     outsider = asked(ledger, "c", 600, "outsider")
-    waiting = ledger.waiting()
+    waiting = ledger.all_waiting()
     assert waiting == [second, first, outsider]
 
     def find(*held: tuple[Account, object, int, float]) -> Any:
@@ -96,7 +96,7 @@ def test_in_flight_and_other_resources_rule_it_out() -> None:
     held = [(ledger.accounts["a"], "task", 900, 0.0)]
 
     def find() -> Any:
-        return [*waiting_holders(ledger.accounts.values(), held, ledger.waiting())]
+        return [*waiting_holders(ledger.accounts.values(), held, ledger.all_waiting())]
 
     assert find() == [mine]
     b = ledger.account("b")
@@ -115,7 +115,7 @@ def test_a_thread_that_waits_holds_nothing_that_is_known() -> None:
     ledger = ledger_with(a=900)
     mine = asked(ledger, "a", 200, "task")
     asked(ledger, "a", 200, None)
-    accounts, waiting = ledger.accounts.values(), ledger.waiting()
+    accounts, waiting = ledger.accounts.values(), ledger.all_waiting()
     a = ledger.accounts["a"]
     assert [*waiting_holders(accounts, [(a, "task", 900, 0.0)], waiting)] == [mine]
     assert waiting_holders(accounts, [(a, None, 900, 0.0)], waiting) == {}

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -290,7 +291,7 @@ async def test_send_nowait_fails_without_effect(overflow: Any) -> None:
     with b.grant_nowait(100, also={"fds": 50}):
         inbox.send_nowait(bytes(100), sender="x", fds=2)
         before = state(limiter, inbox)
-        lacking: list[tuple[str, dict[str, int]]] = [
+        lacking: list[tuple[str, dict[str, Any]]] = [
             ("bytes", {"bytes": 150}),
             ("fds", {"bytes": 1, "fds": 12}),
             ("slices", {"bytes": 1, "slices": 25}),
@@ -431,7 +432,7 @@ async def test_max_messages_are_waited_for_in_order() -> None:
     inbox = Inbox[bytes](a, max_messages=2)
     async with anyio.create_task_group() as tasks:
         for number in range(5):
-            tasks.start_soon(lambda n=number: inbox.send(bytes([n]), sender=f"s{n}"))
+            tasks.start_soon(partial(inbox.send, bytes([number]), sender=f"s{number}"))
             await steps(5)
         assert inbox.statistics() == InboxStatistics(2, 2, 0, 0, 3, 0, 2, 0)
         messages = []
@@ -721,7 +722,8 @@ async def test_closing_gives_everything_back_and_wakes_everybody(which: str) -> 
         tasks.start_soon(attempt, "z for a place", lambda: inbox.send(bytes(1), sender="z"))
         await steps(4)
         assert inbox.statistics()[4:7] == (3, 0, 242)
-        {"inbox": inbox, "stream": x, "receivers": stream}[which].close()
+        ends: dict[str, Any] = {"inbox": inbox, "stream": x, "receivers": stream}
+        ends[which].close()
         if which == "stream":
             await steps(4)
             assert told == {"x for memory": "ClosedResourceError"}
@@ -795,7 +797,7 @@ async def test_from_another_thread() -> None:
         with pytest.raises(RuntimeError, match="one event loop"):
             await anyio.to_thread.run_sync(inbox.receive_nowait)
         assert state(limiter, inbox) == before
-        await anyio.to_thread.run_sync(anyio.from_thread.run, inbox.send, b"y")
+        await anyio.to_thread.run_sync(lambda: anyio.from_thread.run(inbox.send, b"y"))
     assert got == [b"y"]
     assert_nothing_is_held(limiter)
 
@@ -934,9 +936,8 @@ async def test_nothing_is_lost_wherever_it_is_cancelled(
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(rival)
                 await steps(1)
-                other, mine = receive_all, send_all
-                if who == "receiver":
-                    other, mine = send_all, receive_all
+                both: list[Callable[[], Awaitable[None]]] = [receive_all, send_all]
+                other, mine = reversed(both) if who == "receiver" else both
                 others = anyio.CancelScope()
 
                 async def go_on(
@@ -1035,7 +1036,10 @@ async def test_random_traffic_keeps_every_senders_part(seed: int) -> None:
     async def send(name: str) -> None:
         for _ in range(40):
             number = random.randrange(10**6)
-            amounts = {"handles": random.randrange(8), "fds": random.randrange(4)}
+            amounts: dict[str, Any] = {
+                "handles": random.randrange(8),
+                "fds": random.randrange(4),
+            }
             with anyio.move_on_after(random.choice([0.1, 5, 100])):
                 await inbox.send(number, sender=name, bytes=random.randrange(600), **amounts)
                 sent.append(number)

@@ -286,14 +286,16 @@ async def test_transfer_nowait_refuses_without_effect() -> None:
     few = limiter.component("few", limits=ResourceLimits(fds=1))
     async with b.grant(201, also={"fds": 2}), a.grant(300, also={"fds": 2}) as g:
         before = state(limiter)
-        for target, error, resource in (
+        refusals: list[tuple[Component, type[QuotaExceeded | GrantTooLarge], str]] = [
             (b, QuotaExceeded, "bytes"),
             (small, GrantTooLarge, "bytes"),
             (few, GrantTooLarge, "fds"),
-        ):
+        ]
+        for target, error, resource in refusals:
             with pytest.raises(error) as caught:
                 g.transfer_nowait(target)
-            assert caught.value.resource == resource
+            refused: Any = caught.value
+            assert refused.resource == resource
             assert state(limiter) == before
             assert (g.component, g.size, dict(g.also)) == (a, 300, {"fds": 2})
         for target in (small, few):
@@ -515,7 +517,7 @@ async def test_what_nothing_limits_is_refused_with_the_remedy() -> None:
         a.grant(1, sender=[])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="up_to= is for a component's own grants"):
         a.grant(1, up_to=2, sender="s")
-    for options in ({"sender": "s"}, {"also": {"fds": 1}}):
+    for options in [{"sender": "s"}, {"also": {"fds": 1}}]:
         with pytest.raises(ValueError, match='oversize="alone" is for bytes of a component'):
             a.grant(1, oversize="alone", **options)  # type: ignore[arg-type]
     noop = MemoryLimiter.noop()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 import anyio.abc
-import anyio.lowlevel
 
 from membound_async.charges import check_count
 from membound_async.exceptions import QuotaExceeded

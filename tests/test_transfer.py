@@ -286,11 +286,12 @@ async def test_transfer_nowait_refuses_without_effect() -> None:
     few = limiter.component("few", limits=ResourceLimits(fds=1))
     async with b.grant(201, also={"fds": 2}), a.grant(300, also={"fds": 2}) as g:
         before = state(limiter)
-        for target, error, resource in (
+        refused: list[tuple[Component, Any, str]] = [
             (b, QuotaExceeded, "bytes"),
             (small, GrantTooLarge, "bytes"),
             (few, GrantTooLarge, "fds"),
-        ):
+        ]
+        for target, error, resource in refused:
             with pytest.raises(error) as caught:
                 g.transfer_nowait(target)
             assert caught.value.resource == resource
@@ -517,7 +518,7 @@ async def test_what_nothing_limits_is_refused_with_the_remedy() -> None:
         a.grant(1, up_to=2, sender="s")
     for options in ({"sender": "s"}, {"also": {"fds": 1}}):
         with pytest.raises(ValueError, match='oversize="alone" is for bytes of a component'):
-            a.grant(1, oversize="alone", **options)  # type: ignore[arg-type]
+            a.grant(1, oversize="alone", **options)
     noop = MemoryLimiter.noop()
     async with noop.grant(1, also={"anything": 3}) as g:
         assert dict(g.also) == {}

@@ -147,7 +147,7 @@ async def test_one_task_at_a_time() -> None:
         held.shrink(340)
         await anyio.sleep(1)
         assert g.size == 300
-        with pytest.raises(RuntimeError, match="waiting to grow"):
+        with pytest.raises(RuntimeError, match="waiting to change"):
             g.grow_nowait(1)
         held.release()
     assert g.released

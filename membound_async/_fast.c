@@ -368,8 +368,8 @@ static bool admit(Ledger *ledger, Account *account, long long nbytes)
     }
     account->excess = excess;
     account->granted = granted;
-    if (granted > account->peak) {
-        account->peak = granted;
+    if (all > account->peak) {
+        account->peak = all;
     }
     account->admissions++;
     ledger->moved = moved;

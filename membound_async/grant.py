@@ -339,8 +339,8 @@ class MemoryGrant(GrantState):
         """Wait until another component may have what this grant holds, and make it its grant.
 
         Decided with this grant taken out first, so a component can take over what it could
-        not have besides it; meanwhile it stays where it is. Not delayed by pressure.
-        Cancelled, nothing has changed.
+        not have besides it; meanwhile it stays where it is. Not delayed by pressure. To its
+        own component nothing changes, at once. Cancelled, nothing has changed.
 
         Args:
             component: whose it will be, of the same limiter, or its path.

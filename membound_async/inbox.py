@@ -174,7 +174,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
     part is free again; the message is the component's own then, until it is released. What a
     component sends to itself is its own from the beginning.
 
-    It is for tasks of one event loop. Where there is no limiter, nothing is bounded but
+    It is for tasks of one event loop; from threads, use
+    ``anyio.from_thread.run(inbox.send, ...)``. Where there is no limiter, nothing is bounded but
     ``max_messages``.
 
     Args:
@@ -256,13 +257,14 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             bytes: how large it is; None for what the inbox's ``size`` says.
             grant: a grant that is held for it already, such as a handle of one that is
                 shared (`MemoryGrant.share`): it is handed on with the message, which is not
-                charged again.
+                charged again. If sending fails it is still the caller's.
             also: how much of other resources, at the most; ``slices=1`` unless said
                 otherwise, where slices are limited.
 
         Raises:
             GrantTooLarge: a sender can never have that much in flight.
             QuotaExceeded: only with ``overflow="raise"``: there is no room now.
+            GrantReleased: ``grant`` is not held any more.
             TypeError, ValueError: a size or an amount makes no sense, or nothing limits it.
             anyio.BrokenResourceError: the inbox is closed, or was closed meanwhile.
         """
@@ -286,6 +288,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
         Raises:
             QuotaExceeded: there is no room now, or the sender waits already.
+            RuntimeError: tasks of an event loop in another thread wait here.
         """
         self._check_thread()
         charge = self._charge(message, sender, bytes, grant, also)
@@ -497,7 +500,8 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
     async def receive(self) -> Received[T]:
         """Wait for a message, and have it delivered; release what it gives.
 
-        Never waits for memory. Cancelled, it leaves the message to others.
+        Never waits for memory. Cancelled, it leaves the message to others. What ``settle=``
+        raises comes from here; that message is lost, and everything for it given back.
 
         Raises:
             anyio.ClosedResourceError: the inbox is closed, or was closed meanwhile.

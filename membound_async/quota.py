@@ -243,8 +243,8 @@ class Ledger(Pool):
                 self._lowest_free = free
         account.excess = now
         account.granted = granted
-        if granted > account.peak:
-            account.peak = granted
+        if granted + in_flight > account.peak:
+            account.peak = granted + in_flight
         account.admissions += 1
         self.moved = moved
         return True
@@ -275,7 +275,9 @@ class Ledger(Pool):
         if not mine:
             account.senders += 1
         sender.held[account] = mine + nbytes
-        account.in_flight = in_flight + nbytes
+        account.in_flight = in_flight = in_flight + nbytes
+        if account.granted + in_flight > account.peak:
+            account.peak = account.granted + in_flight
         self.free = free = free - nbytes
         if free < self._lowest_free:
             self._lowest_free = free
@@ -301,8 +303,6 @@ class Ledger(Pool):
                 del account.by_sender[name]
         account.in_flight -= nbytes
         account.granted = granted = account.granted + nbytes
-        if granted > account.peak:
-            account.peak = granted
         excess = account.excess
         account.excess = now = (
             granted if granted > account.live else account.live
@@ -447,7 +447,6 @@ class Ledger(Pool):
         for stock, amount in self._amounts(account, nbytes, also):
             self._add(stock, -amount, sender)
             self._add(stock, amount - over.get(stock.resource, 0), None)
-        account.peak = max(account.peak, account.granted)
         return self._changed(account) if self.waiters.count else ()
 
     def end_transfer(self, request: Request) -> Account:
@@ -1063,8 +1062,7 @@ class Ledger(Pool):
                     self._pass_senders(stock, amount)
                 if stock is not account and self.waiters.count:
                     self._pass(stock, amount)
-            if account.granted > account.peak:
-                account.peak = account.granted
+            account.peak = max(account.peak, account.granted + account.in_flight)
             account.admissions += 1
             self.moved += request.nbytes
         request.pooled = draw > 0

@@ -44,7 +44,7 @@ class ComponentStatistics:
     overdraft_bytes: int
     #: the most of that at one reading of memory
     peak_overdraft_bytes: int
-    #: the most that was granted at one time
+    #: the most that was granted at one time, what was in flight included
     peak_granted_bytes: int
     #: grants that are held now, those in flight to it included
     grants: int

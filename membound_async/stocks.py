@@ -152,7 +152,7 @@ class Account(Stock):
         reserved: ``m``: the minimum while entered, else 0.
         live: what its code really has allocated; 0 if that is not tracked.
         excess: ``d = max(granted, live) - reserved``.
-        peak: the most bytes that were granted at one time.
+        peak: the most bytes that were granted at one time, in flight included.
         others: its stocks of other resources.
         entries: how often it is entered now.
         admissions: grants and grows given so far.

@@ -76,8 +76,8 @@ async def nested(limiter: MemoryLimiter) -> None:
 
 
 async def halves(item: bytes) -> AsyncIterator[bytes]:
-    yield item[:130]
-    yield item[130:]
+    yield item[:120]
+    yield item[120:]
 
 
 async def streamed(limiter: MemoryLimiter) -> None:
@@ -86,14 +86,14 @@ async def streamed(limiter: MemoryLimiter) -> None:
 
         async def produce() -> None:
             for _ in range(3):
-                await send.send(bytes(260))
+                await send.send(bytes(240))
             send.close()
 
         tasks.start_soon(produce)
         async for item in receive:
             async with bounded(halves(item), component=limiter.component("b")) as parts:
                 async for part in parts:
-                    assert len(part) == 130
+                    assert len(part) == 120
                     await work()
 
 

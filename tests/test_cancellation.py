@@ -142,7 +142,8 @@ async def cancelled_after(
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 async def test_cancelled_at_every_step(scenario: Scenario, delay: float) -> None:
     settings = LimiterSettings(
-        pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay)
+        reclaim=False,
+        pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay),
     )
     steps = finished = 0
     met: set[str] = set()

@@ -220,7 +220,8 @@ async def test_transfer_cancelled_or_released_at_every_step(
     release: bool, delay: float, observe: bool
 ) -> None:
     settings = LimiterSettings(
-        pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay)
+        reclaim=False,
+        pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay),
     )
     after, finished = 0, 0
     met: set[str] = set()

@@ -792,21 +792,19 @@ class Ledger(Pool):
         )
 
     def _waits_for_others(self, request: Request, stock: Stock) -> bool:
-        """Whether a sender that is over waits for what others have in flight to be received.
+        """Whether a sender that is over waits for others' messages to be received and released.
 
         Else it is only what it has in flight itself that keeps it out.
         """
         assert request.sender is not None
         mine = request.sender.held.get(stock, 0)
-        others = stock.in_flight - mine
         x = self._inner(request, stock, self._amount(request, stock))
         firm, reserved = stock.firm_limit, stock.reserved
-        if x > self._unit * (firm - max(stock.granted, reserved) - mine):
+        if x > self._unit * (firm - reserved - mine):
             return False
         p, q = self._idle_part
-        held = stock.held - others
         return all(
-            x * q <= self._unit * (p * (self._capacity(pool) - reserved) - q * held)
+            x * q <= self._unit * (p * (self._capacity(pool) - reserved) - q * mine)
             for pool in stock.pools
         )
 

@@ -826,7 +826,7 @@ def test_one_run_at_a_time_of_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert most == 1
-    assert runs > 100
+    assert runs > 10  # as threads take turns
 
 
 def test_an_event_loop_that_does_not_run_now_is_not_waited_for() -> None:

@@ -321,7 +321,7 @@ async def run(how: str, tenants: int, seconds: float, *, hostile: bool = True) -
     for job in jobs:
         job.cancel()
     answers = [clients.answers[number] / seconds for number in range(tenants)]
-    output, _ = await server.communicate()
+    output, _ = await server.communicate(b"")  # an end of input, which None is not on Python 3.11
     await asyncio.gather(*jobs, return_exceptions=True)
     return Run(answers, Usage(*json.loads(output)), clients.disconnected)
 

@@ -125,7 +125,7 @@ async def read(receive: Any) -> bytes | None:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message["body"]
+        body += bytes(message["body"])
         if not message["more_body"]:
             return body
 
@@ -905,7 +905,7 @@ class Talk:
 async def test_a_message_is_held_until_the_next_is_asked_for():
     talk = Talk(seconds=1)
     middleware = bounded(talk, factor=2, base_bytes=7)
-    script = [message(bytes(100)), 100, message("x" * 60), 100, gone(1001)]
+    script: list[Any] = [message(bytes(100)), 100, message("x" * 60), 100, gone(1001)]
     socket = Socket(*script)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(socket.run, middleware)

@@ -41,7 +41,7 @@ Place = Component | str | None
 LINGER_SECONDS = 1.0
 """How long a client may go on sending after it was refused, until its connection is closed."""
 
-WAITED_SECONDS = 0.001
+WAITED_SECONDS = 0.01
 """What takes longer has waited; less is what the event loop needs."""
 
 LOG_SECONDS = 1.0
@@ -66,7 +66,7 @@ class MiddlewareStatistics(NamedTuple):
     in_progress: int  #: requests and WebSockets that the application has now
     waiting: int  #: requests that wait for their first grant now
     served: int  #: requests that were handed to the application
-    waited: int  #: how many of all had to wait for memory, for longer than 1 ms
+    waited: int  #: how many of all had to wait for memory, for longer than 10 ms
     shed: int  #: refused because memory was short: 503, or a WebSocket closed with 1013
     too_large: int  #: refused because there is never so much: 413, or closed with 1009
     malformed: int  #: refused because of what the client did: 400, or 408 if it did nothing

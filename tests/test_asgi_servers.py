@@ -362,14 +362,20 @@ def test_a_client_that_goes_while_it_waits_holds_nothing(http, app_of):
 def test_a_connection_is_kept_where_nothing_is_left_to_be_read(http):
     options: Any = {"base_bytes": 2 * MIB, "routes": {"/ok": None}}
     with serve(starlette_app(), MIB, http=http, **options) as service, service.connect() as client:
-        for path, status in (("/upload", 413), ("/ok", 404)):
+        for path, status, text in (
+            ("/upload", 413, b"Content Too Large\n"),
+            ("/ok", 404, b"Not Found"),
+        ):
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            assert client.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
+            received = b""
+            while not received.endswith(text):
+                received += client.recv(4096)
+            assert received.startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_many_at_once_are_all_answered_and_never_have_more_than_there_is(http, app_of):
     limit = 8 * MIB
-    with serve(app_of(), limit, http=http, max_wait_seconds=1, factor=2) as service:
+    with serve(app_of(), limit, http=http, max_wait_seconds=0.5, factor=2) as service:
 
         def client(number: int) -> int:
             if number % 3:
@@ -381,7 +387,7 @@ def test_many_at_once_are_all_answered_and_never_have_more_than_there_is(http, a
             return status
 
         with ThreadPoolExecutor(48) as clients:
-            statuses = list(clients.map(client, range(96)))
+            statuses = list(clients.map(client, range(60)))
         service.wait_until_all_is_back()
         assert set(statuses) <= {200, 413, 503}
         assert statuses.count(200) > 10
@@ -442,7 +448,7 @@ def test_add_middleware_and_a_limiter_of_the_lifespan():
     app.add_middleware(MemoryMiddleware, factor=3, routes={"/upload": "upload"})
     with serve(app, 64 * MIB) as service:
         assert service.upload(1000)[2] == b"1000 3000"
-        assert service.upload(200_000)[0] == 413
+        assert service.upload(400_000)[0] == 413
         assert limiters[0].find("upload").statistics().peak_granted_bytes == 3000
 
 
@@ -480,9 +486,8 @@ def test_a_message_that_cannot_be_had_closes_the_websocket(http, nbytes, code):
 
 def test_a_websocket_that_is_gone_holds_nothing(http):
     with serve(starlette_app(), MIB, http=http) as service:
-        client = connect(f"ws://127.0.0.1:{service.port}/talk")
-        client.send(bytes(100_000))
-        client.socket.shutdown(socket.SHUT_RDWR)
-        service.wait_until(lambda: service.middleware.statistics().in_progress == 0)
-        client.close()
+        with connect(f"ws://127.0.0.1:{service.port}/talk") as client:
+            client.send(bytes(100_000))
+            client.socket.shutdown(socket.SHUT_RDWR)
+            service.wait_until(lambda: service.middleware.statistics().in_progress == 0)
         service.wait_until_all_is_back()

@@ -209,7 +209,7 @@ class WaitingRequest:
 
 def _plain(value: Any) -> Any:
     """Give plain dicts and lists; ten times as fast as ``dataclasses.asdict``, which copies."""
-    kind = type(value)
+    kind: type[Any] = type(value)
     if kind is int or kind is float or kind is str:
         return value
     if kind is dict:

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -76,14 +77,15 @@ async def test_requests_that_wait_the_oldest_first() -> None:
             pass
 
     async with anyio.create_task_group() as tasks:
-        for component, nbytes, options in [
+        requests: list[tuple[Any, int, dict[str, Any]]] = [
             (a, 100, {}),
             (a, 10, {}),
             (b, 310, {"timeout": 100}),
             (b, 200, {"sender": "x"}),
             (c, 0, {"also": {"fds": 4}}),
-        ]:
-            tasks.start_soon(lambda c, n, o: wait(c, n, **o), component, nbytes, options)
+        ]
+        for component, nbytes, options in requests:
+            tasks.start_soon(partial(wait, component, nbytes, **options))
             await anyio.sleep(1)
         waiting = limiter.waiting_requests()
         assert waiting == limiter.waiting_requests(9)

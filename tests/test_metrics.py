@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,6 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from membound_async.hooks import GrantWaited
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.metrics.view import DropAggregation, View
@@ -32,7 +32,8 @@ from membound_async import (
     ResourceLimits,
     testing,
 )
-from membound_async.metrics import opentelemetry, quantities, snapshots
+from membound_async.hooks import GrantWaited
+from membound_async.metrics import quantities, snapshots
 from membound_async.metrics.opentelemetry import MemoryInstruments
 from membound_async.metrics.prometheus import Labels, MemoryCollector, exposition
 from membound_async.metrics.quantities import GROUPS
@@ -603,7 +604,7 @@ def test_one_snapshot_serves_a_collection():
 def test_an_old_snapshot_serves_nobody(monkeypatch):
     limiter = testing.limiter(1000)
     clock = [100.0]
-    monkeypatch.setattr(opentelemetry.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
     with MemoryInstruments(limiter, meter_provider=provider) as instruments:
         ((_, first),) = instruments._shared("a")

@@ -490,7 +490,7 @@ def _info(snapshot: Snapshot) -> list[Item]:
 
 
 def _named(items: dict[str, Any]) -> list[Item]:
-    return [((name,), item) for name, item in items.items()]
+    return [((name,), item) for name, item in [*items.items()]]  # a thread may add to them
 
 
 GROUPS = (

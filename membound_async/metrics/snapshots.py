@@ -40,9 +40,12 @@ class EventCounts:
     """
 
     def __init__(self) -> None:
-        self.refusals = dict.fromkeys(
-            ("GrantDeadlock", "GrantTimeout", "GrantTooLarge", "QuotaExceeded"), 0
-        )
+        self.refusals: dict[str, int] = {
+            "GrantDeadlock": 0,
+            "GrantTimeout": 0,
+            "GrantTooLarge": 0,
+            "QuotaExceeded": 0,
+        }
         self.stalls = self.leaked_grants = self.leaked_bytes = self.limit_changes = 0
         # A finaliser that runs meanwhile in this very thread may ask for a grant.
         self._lock = RLock()

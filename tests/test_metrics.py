@@ -668,6 +668,10 @@ async def test_opentelemetry_has_the_waiting_times():
                 tasks.start_soon(wait_for_grant, limiter, "a", 300)
                 await anyio.sleep(seconds)
         metric = collected(reader)["membound.memory.grant_wait"]
+    async with anyio.create_task_group() as tasks, limiter.grant(500):
+        tasks.start_soon(wait_for_grant, limiter, "a", 300)
+        await anyio.sleep(1)
+    assert collected(reader)["membound.memory.grant_wait"].data.data_points[0].count == 2  # closed
     (point,) = metric.data.data_points
     assert metric.unit == "s"
     assert (point.count, point.sum) == (2, pytest.approx(3.2))

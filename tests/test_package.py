@@ -20,6 +20,8 @@ LAYERS = (
     {"cli", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
+    {"eventlog", "holdings"},
+    {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
     {"resources", "quota", "waiters", "stocks", "rehearsal"},

@@ -562,13 +562,14 @@ def value(found: dict[str, Any], name: str, **attributes: str) -> float:
     return values(found[f"membound.memory.{name}"])[frozenset(labels.items())]
 
 
-def test_opentelemetry_collects_the_numbers_of_the_limiter(busy):
+def test_opentelemetry_collects_the_numbers_of_the_limiter(busy, caplog):
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader], shutdown_on_exit=False)
     with MemoryInstruments(busy, meter_provider=provider):
         with pytest.raises(GrantTooLarge):
             busy.grant_nowait(5000)
         found = collected(reader)
+    assert "hook_failed" not in caplog.text
     assert value(found, "limit") == 1000
     assert value(found, "measured") == 700
     assert value(found, "drift") == 450

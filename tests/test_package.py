@@ -17,7 +17,7 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 
 # Each layer imports only from itself and from those below it.
 LAYERS = (
-    {"cli", "integrations", "testing"},
+    {"cli", "integrations", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"eventlog", "holdings"},

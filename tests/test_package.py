@@ -17,7 +17,8 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 
 # Each layer imports only from itself and from those below it.
 LAYERS = (
-    {"api", "cli", "testing"},
+    {"api", "cli"},
+    {"metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},

@@ -848,7 +848,9 @@ def png_size(image: bytes) -> tuple[int, int]:
 def test_screenshots(open_page):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with a_busy_service(8) as service:
-        page = open_page(service, viewport={"width": 1100, "height": 1020})
+        page = open_page(
+            service, viewport={"width": 1280, "height": 1280}, device_scale_factor=0.75
+        )
         expect(page.locator("#waiters li")).to_have_count(3)
         wait_for(page, f"{POINTS} > 60")  # something to see in the charts
         page.screenshot(path=SCREENSHOTS / "light.png")

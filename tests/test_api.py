@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from membound_async import MemoryLimiter, testing
 from membound_async.api import MemoryAPI, access, events
+from membound_async.api.grants import PAGE_NAMES
 from membound_async.api.snapshot import StatusSnapshot
 from membound_async.bounds import UsageExpr
 from membound_async.testing import ScriptedProbe
@@ -279,10 +280,12 @@ async def test_grants_are_paged_largest_and_oldest_first():
             "'skip' is not known here; use held_skip, held_limit, waiting_skip, waiting_limit",
         ),
         ("&".join(f"a{number}=" for number in range(17)), "more than 16 values"),
-        ("a" * 50, f"'{'a' * 40}...' is not known here; use held_skip, held_limit, waiting_skip, "
-         "waiting_limit"),
+        (
+            "a" * 50,
+            f"'{'a' * 40}...' is not known here; use {', '.join(PAGE_NAMES)}",
+        ),
     ],
-)  # fmt: skip
+)
 async def test_a_page_that_makes_no_sense_is_refused(query, reason):
     answer = await get(MemoryAPI(testing.limiter()), f"/memory/grants?{query}")
     assert (answer.status_code, answer.json()) == (400, {"error": reason})
@@ -626,8 +629,9 @@ async def test_the_dashboard_is_found_without_its_slash():
 
 
 @pytest.mark.parametrize(
-    "name", ["../index.html", "../../app.py", "/etc/passwd", "", "index.html", "./style.css", "app.py"]
-)  # fmt: skip
+    "name",
+    ["../index.html", "../../app.py", "/etc/passwd", "", "index.html", "./style.css", "app.py"],
+)
 async def test_nothing_else_is_served(name):
     reader = Reader()
     scope = http_scope(f"/memory/assets/{name}")
@@ -705,6 +709,23 @@ async def test_root_path_may_be_in_the_path_or_not(root_path, path, status):
     reader = Reader()
     scope = http_scope(path, root_path=root_path)
     await MemoryAPI(testing.limiter())(scope, reader.receive, reader.send)
+    assert reader.messages[0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("path", "raw_path", "status"),
+    [
+        ("/memory/schema/", b"/ops/memory/schema", 200),  # Litestar
+        ("/memory/", b"/ops/memory", 307),
+        ("/memory/", b"/ops/memory/", 200),
+        ("/memory/schema/", b"/memory/schema/", 404),
+        ("/memory/schema/", None, 404),
+    ],
+)
+async def test_a_slash_that_the_client_has_not_sent_is_left_out(path, raw_path, status):
+    reader = Reader()
+    more = {} if raw_path is None else {"raw_path": raw_path}
+    await MemoryAPI(testing.limiter())(http_scope(path, **more), reader.receive, reader.send)
     assert reader.messages[0]["status"] == status
 
 

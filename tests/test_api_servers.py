@@ -108,7 +108,8 @@ def ids_of(lines: Iterator[str]) -> Iterator[int]:
 
 @pytest.fixture(params=["h11", "httptools"])
 def http(request: pytest.FixtureRequest) -> str:
-    return pytest.importorskip(request.param) and request.param
+    pytest.importorskip(request.param)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -204,7 +205,7 @@ def test_uvicorn_can_be_ended_while_somebody_looks():
 
 
 def test_it_runs_under_hypercorn_on_trio():
-    api = MemoryAPI(limiter_of(3))
+    api: Any = MemoryAPI(limiter_of(3))
     config = hypercorn.config.Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = config.accesslog = None

@@ -21,7 +21,7 @@ import structlog
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from membound_async import MemoryLimiter, testing
+from membound_async import Component, MemoryLimiter, testing
 from membound_async.api import MemoryAPI, events
 from membound_async.api.grants import PAGE_NAMES
 from membound_async.api.snapshot import StatusSnapshot
@@ -155,6 +155,25 @@ async def test_the_limiter_may_be_in_another_thread_and_loop():
         await anyio.to_thread.run_sync(lambda: anyio.run(ask))
     assert [answer.status_code for answer in answers] == [200] * len(JSON_ROUTES)
     assert check_status(answers[0])["limiter"]["granted_bytes"] == MIB
+
+
+async def test_a_component_may_be_named_while_a_thread_asks(monkeypatch):
+    limiter = testing.limiter("64MiB")
+    api = MemoryAPI(limiter)
+    join = MemoryLimiter._join
+
+    def join_asked_meanwhile(self: MemoryLimiter, component: Component) -> None:
+        limiter.statistics()
+        join(self, component)
+
+    monkeypatch.setattr(MemoryLimiter, "_join", join_asked_meanwhile)
+    limiter.component("one")
+    limiter.add(Component("two"))
+    assert set(check_status(await get(api, "/memory/status"))["components"]) == {
+        "root",
+        "one",
+        "two",
+    }
 
 
 async def test_without_a_limiter_it_shows_the_one_of_the_process():

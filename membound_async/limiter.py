@@ -311,7 +311,7 @@ class MemoryLimiter(LimiterState):
                 waiting=ledger.waiters.count,
                 waiting_bytes=sum(one.waiting_bytes for one in components),
                 oldest_wait_seconds=max(one.oldest_wait_seconds for one in components),
-                stalled_seconds=self._stalls.seconds(now),
+                stalled_seconds=self._stalls.seconds(now, ledger.moved, ledger.waiters.count),
                 age_seconds=time.monotonic() - self._made_at,
                 observe=self._observe,
                 would_wait=sum(self._rehearsal.waits.values()),

@@ -13,7 +13,7 @@ from .waiters import Request
 
 if TYPE_CHECKING:
     from .grant import MemoryGrant
-    from .quota import Ledger
+    from .ledger import Ledger
 
 __all__ = ["held_grants", "waiting_requests"]
 

@@ -51,10 +51,10 @@ from .hooks import (
     Hooks,
     LimitChanged,
 )
+from .ledger import Ledger
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
-from .quota import Ledger
 from .reclaim import Reclaim, Reclaimer, ReclaimFunction
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal

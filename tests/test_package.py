@@ -25,7 +25,7 @@ LAYERS = (
     {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
-    {"resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"ledger", "resources", "quota", "waiters", "stocks", "rehearsal"},
     {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
@@ -34,6 +34,7 @@ LAYERS = (
 )
 PURE = {
     "deadlocks",
+    "ledger",
     "quota",
     "rules",
     "stocks",

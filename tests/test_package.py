@@ -23,6 +23,7 @@ LAYERS = (
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
     {"resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"advice"},
     {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
@@ -30,6 +31,7 @@ LAYERS = (
     {"sizes"},
 )
 PURE = {
+    "advice",
     "deadlocks",
     "quota",
     "rules",

@@ -124,20 +124,22 @@ static int set_saturated(PyObject *self, PyObject *value, void *offset)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *queue;
+    PyObject *queue, *holders;
     long long granted, live, in_flight, excess, reserved, peak, admissions, firm_limit;
     char grouped;
 } Account;
 
 static PyMemberDef account_members[] = {
-    OBJECT(Account, queue, "queue"), BYTES(Account, granted),    BYTES(Account, live),
-    BYTES(Account, in_flight),       BYTES(Account, excess),     BYTES(Account, reserved),
-    BYTES(Account, peak),            BYTES(Account, admissions), BYTES(Account, firm_limit),
+    OBJECT(Account, queue, "queue"), OBJECT(Account, holders, "holders"),
+    BYTES(Account, granted),         BYTES(Account, live),
+    BYTES(Account, in_flight),       BYTES(Account, excess),
+    BYTES(Account, reserved),        BYTES(Account, peak),
+    BYTES(Account, admissions),      BYTES(Account, firm_limit),
     MEMBER(Account, grouped, "grouped", T_BOOL),
     {NULL},
 };
 static PyGetSetDef account_getset[] = {{NULL}};
-STATE(Account, account, 1)
+STATE(Account, account, 2)
 
 typedef struct {
     PyObject_HEAD
@@ -169,25 +171,31 @@ STATE(Ledger, ledger, 3)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *lock, *ledger, *grants, *loop_token, *now;
+    PyObject *lock, *ledger, *loop_token, *now;
     double calm_until;
 } Limiter;
 
 static PyMemberDef limiter_members[] = {
     OBJECT(Limiter, lock, "_lock"),
     OBJECT(Limiter, ledger, "_ledger"),
-    OBJECT(Limiter, grants, "_grants"),
     OBJECT(Limiter, loop_token, "_loop_token"),
     OBJECT(Limiter, now, "_now"),
     MEMBER(Limiter, calm_until, "_calm_until", T_DOUBLE),
     {NULL},
 };
 static PyGetSetDef limiter_getset[] = {{NULL}};
-STATE(Limiter, limiter, 5)
+STATE(Limiter, limiter, 4)
 
 typedef struct Link {
     struct Link *before, *after; /* a ring; NULL in a grant that is in none */
 } Link;
+
+/* The grants that an account holds. */
+typedef struct {
+    PyObject_HEAD
+    Link ring;
+    long long count;
+} Holders;
 
 typedef struct {
     PyObject_HEAD
@@ -195,6 +203,7 @@ typedef struct {
     PyObject *holder;   /* the task whose block it is */
     PyObject *weakrefs; /* not ours to visit */
     Link link;
+    Holders *holders; /* whose ring it is in */
     long long wanted, size;
     double since;
     int state;
@@ -202,12 +211,7 @@ typedef struct {
 
 static PyTypeObject Grant_Type;
 
-/* --- Holders: the grants that are held --------------------------------------------------- */
-
-typedef struct {
-    PyObject_HEAD
-    Link ring;
-} Holders;
+/* --- Holders: the grants that an account holds ------------------------------------------- */
 
 static Grant *grant_of(Link *link)
 {
@@ -221,6 +225,7 @@ static void take_out(Grant *grant)
         link->before->after = link->after;
         link->after->before = link->before;
         link->before = link->after = NULL;
+        grant->holders->count--;
     }
 }
 
@@ -231,6 +236,8 @@ static void put_in(Holders *holders, Grant *grant)
     link->before = ring->before;
     link->after = ring;
     ring->before = ring->before->after = link;
+    grant->holders = holders;
+    holders->count++;
 }
 
 static PyObject *holders_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -283,6 +290,11 @@ static PyObject *holders_snapshot(PyObject *self, PyObject *Py_UNUSED(unused))
     return found;
 }
 
+static PyMemberDef holders_members[] = {
+    {"count", T_LONGLONG, offsetof(Holders, count), READONLY, NULL},
+    {NULL},
+};
+
 static PyMethodDef holders_methods[] = {
     {"add", holders_add, METH_O, NULL},
     {"discard", holders_discard, METH_O, NULL},
@@ -296,6 +308,7 @@ static PyTypeObject Holders_Type = {
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = holders_new,
     .tp_dealloc = holders_dealloc,
+    .tp_members = holders_members,
     .tp_methods = holders_methods,
 };
 
@@ -315,8 +328,7 @@ static bool is_open(Limiter *limiter)
     }
     Py_DECREF(locked); /* one of two that live for ever */
     return locked == Py_False && HAS_TYPE(limiter->ledger, Ledger) &&
-           HAS_TYPE(((Ledger *)limiter->ledger)->waiters, Waiters) &&
-           limiter->grants != NULL && Py_IS_TYPE(limiter->grants, &Holders_Type);
+           HAS_TYPE(((Ledger *)limiter->ledger)->waiters, Waiters);
 }
 
 static bool nobody_waits(Limiter *limiter)
@@ -422,6 +434,10 @@ static int take(Grant *self, bool for_block)
         from->now != monotonic || clock_gettime(CLOCK_MONOTONIC, &clock) != 0) {
         goto done;
     }
+    holders = Py_XNewRef(((Account *)account)->holders);
+    if (holders == NULL || !Py_IS_TYPE(holders, &Holders_Type)) {
+        goto done;
+    }
     if (for_block && (holder = task_of(loop)) == NULL) {
         taken = -1;
         goto done;
@@ -430,7 +446,6 @@ static int take(Grant *self, bool for_block)
     if (now >= from->calm_until || !is_open(from) || self->state != NEW) {
         goto done;
     }
-    holders = Py_NewRef(from->grants);
     taken = nobody_waits(from)
                 ? admit((Ledger *)from->ledger, (Account *)account, self->wanted)
                 : admit_past_waiters(limiter, account, self->wanted);

@@ -48,10 +48,15 @@ NO_LIMIT = (1 << 63) - 1
 
 
 class Holders:
-    """The grants that are held, for reports; it keeps none of them alive."""
+    """The grants that an account holds, for reports; it keeps none of them alive."""
 
     def __init__(self) -> None:
         self._references: set[ref[MemoryGrant]] = set()
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self._references)
 
     def add(self, grant: MemoryGrant) -> None:
         """Note that a grant is held."""
@@ -76,6 +81,7 @@ class AccountState:
         "firm_limit",
         "granted",
         "grouped",
+        "holders",
         "in_flight",
         "live",
         "peak",
@@ -87,6 +93,7 @@ class AccountState:
     firm_limit: int
     granted: int
     grouped: bool
+    holders: Holders
     in_flight: int
     live: int
     peak: int
@@ -117,7 +124,6 @@ class LimiterState:
 
     _lock: threading.Lock
     _ledger: Ledger
-    _grants: Holders
     _loop_token: object
     _now: Callable[[], float]
     _calm_until: float
@@ -200,13 +206,13 @@ class GrantState:
                 self._since = now
                 self._size = self._wanted
                 self._state = HELD
-                limiter._grants.add(self)
+                component._account.holders.add(self)
                 return True
         return False
 
     def __del__(self) -> None:
         if self._state == HELD or self._state == ALONE:
-            self._component._limiter._grants.discard(self)
+            self._component._account.holders.discard(self)
             self._lost()
 
     if TYPE_CHECKING:  # what MemoryGrant has

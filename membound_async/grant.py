@@ -125,12 +125,12 @@ class MemoryGrant(GrantState):
     def _enter(self) -> Coroutine[Any, Any, Self]:
         return self._acquire(current_task())
 
-    def _acquire(self, holder: object = None) -> Coroutine[Any, Any, Self]:
+    def _acquire(self, holder: object = None, *, yields: bool = True) -> Coroutine[Any, Any, Self]:
         if self._begin():
             self._holder = holder
             limiter = self._component._limiter
             acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
-                self._request(), self._timeout, self
+                self._request(), self._timeout, self, yields=yields
             )
             return acquiring
         if holder is not None:
@@ -175,7 +175,7 @@ class MemoryGrant(GrantState):
                         settled = ledger.request_at_once(self._request())
                     if settled is not None:
                         self._since, self._size, self._state = now, self._wanted, HELD
-                        limiter._grants.add(self)
+                        account.holders.add(self)
                 if settled is not None:
                     if settled:
                         limiter._wake(settled)
@@ -220,7 +220,7 @@ class MemoryGrant(GrantState):
             if self._state != RELEASED:
                 if self._state == ASKED:
                     self._since = limiter._now()
-                    limiter._grants.add(self)
+                    self._component._account.holders.add(self)
                 if request.source is None:
                     self._size += request.nbytes
                 self._state = ALONE if request.exclusive else HELD
@@ -333,7 +333,7 @@ class MemoryGrant(GrantState):
         self._size = nbytes
         self._since = limiter._now()
         self._state = HELD
-        limiter._grants.add(self)
+        self._component._account.holders.add(self)
 
     async def transfer(self, component: Component | str) -> None:
         """Wait until another component may have what this grant holds, and make it its grant.
@@ -412,6 +412,8 @@ class MemoryGrant(GrantState):
         with target._limiter._lock:
             self._changing = None
             if self._state != RELEASED:
+                self._component._account.holders.discard(self)
+                target._account.holders.add(self)
                 self._component = target
                 self._holder = None  # handed on
                 self._options = self._options or PLAIN  # the fast path knows another account
@@ -535,8 +537,8 @@ class MemoryGrant(GrantState):
                 size = self._size
                 self._size = 0
                 self._holder = None
-                limiter._grants.discard(self)
                 account = component._account
+                account.holders.discard(self)
                 changing = getattr(self, "_changing", None)
                 transfer = changing is not None and changing.source is not None
                 if transfer:

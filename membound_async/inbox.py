@@ -446,10 +446,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             with sending.scope:  # which closing cancels
                 # Memory first: who waits for that must not keep a place from others.
                 if not handed_in:
-                    limiter = charge._component._limiter
-                    limiter._bind()
-                    limiter._has_yielded(limiter._now())  # or those behind might come first
-                    await charge
+                    await charge._acquire(yields=False)  # or those behind might come first
                 # Those that are admitted at once may run in any order.
                 await sending.is_next.wait()
                 if self._places is not None:

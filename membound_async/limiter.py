@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from fractions import Fraction
 from functools import partial
@@ -21,11 +21,13 @@ from .bounds import ROOT
 from .component import Component
 from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
 from .deadlocks import waiting_holders
+from .eventlog import EventLog
 from .eventloop import EventLoop, Handle, ThreadPlace, current_task, running_loop
 from .events import log
 from .exceptions import (
     BoundsError,
     GrantDeadlock,
+    GrantError,
     GrantTimeout,
     GrantTooLarge,
     InvalidComponentBounds,
@@ -34,9 +36,21 @@ from .exceptions import (
     NoCurrentLimiter,
     UnknownComponent,
 )
-from .fastpath import ALONE, NEW, Holders, LimiterState
+from .fastpath import ALONE, NEW, LimiterState
 from .gauge import Gauge
 from .grant import PLAIN, MemoryGrant, Options, make_grant
+from .holdings import held_grants, waiting_requests
+from .hooks import (
+    DriftRose,
+    GrantDelayed,
+    GrantLeaked,
+    GrantRefused,
+    GrantWaited,
+    Hook,
+    Hooked,
+    Hooks,
+    LimitChanged,
+)
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
@@ -58,7 +72,13 @@ from .settings import (
 )
 from .sizes import MAX_BYTES, format_size
 from .stalls import REPORTED, StallWatch, describe_stall
-from .statistics import ComponentStatistics, LimiterStatistics, ResourceStatistics
+from .statistics import (
+    ComponentStatistics,
+    HeldGrant,
+    LimiterStatistics,
+    ResourceStatistics,
+    WaitingRequest,
+)
 from .stocks import BYTES, NO_LIMIT, Account, Sender
 from .verifier import BoundsVerifier, VerifiedBounds
 from .waiters import NOTHING, Kind, Request, State
@@ -70,6 +90,9 @@ __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
+
+DRIFT_PART = 10
+"""Drift is told of again when it has risen by this part of the effective limit."""
 
 UNTANGLE_SECONDS = 0.01
 """How soon to look again at who waits for whom, after something was done about it."""
@@ -169,7 +192,6 @@ class MemoryLimiter(LimiterState):
         )
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
-        self._grants = Holders()
         self._abandoned: deque[tuple[Account, int, bool, Options | None]] = deque()
         self._impatient: dict[Account, dict[object, Callable[[], None]]] = {}
         """Who holds something of an account, and is to be told if somebody waits for that."""
@@ -192,6 +214,10 @@ class MemoryLimiter(LimiterState):
         self._untangled = False
         """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
+        clock = lambda: self._now()  # noqa: E731, PLW0108  another one in another event loop
+        self._hooks = Hooks(EventLog(self.settings.log_interval_seconds, clock))
+        self._made_at = time.monotonic()
+        self._drift_told = 0
         self._live = LiveBytes()
         self._reclaim = Reclaim(self)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
@@ -249,21 +275,25 @@ class MemoryLimiter(LimiterState):
     def statistics(self) -> LimiterStatistics:
         """Take a reading of memory, and give everything there is to know as a snapshot.
 
-        From the limiter's event loop, or from a thread. Costs time in proportion to the
-        number of components, grants and waiters.
+        From the limiter's event loop, or from a thread. Never waits. Costs time in proportion
+        to the number of components, whatever the number of grants and waiters.
         """
         now = self._now()
         self._sample(now)
         with self._lock:
             ledger = self._ledger
             policy, limit = self.settings.pressure, ledger.limit
-            held = self._count_grants()
             would_wait_seconds = self._rehearsal.seconds(now)
+            components = tuple(
+                self._describe(ledger.accounts[path], now, would_wait_seconds)
+                for path in sorted(self._components)
+            )
             return LimiterStatistics(
                 limit_bytes=self._limit.limit_bytes,
                 limit_source=self._limit.source,
                 slop_factor=self._limit.slop_factor,
                 effective_limit_bytes=limit,
+                threshold_bytes=int(policy.threshold * limit),
                 baseline_bytes=ledger.baseline,
                 measured_bytes=ledger.measured,
                 peak_measured_bytes=self._gauge.peak,
@@ -271,12 +301,18 @@ class MemoryLimiter(LimiterState):
                 drift_bytes=ledger.drift,
                 free_bytes=ledger.free,
                 committed_bytes=ledger.committed,
+                granted_bytes=sum(one.granted_bytes for one in components),
+                in_flight_bytes=sum(one.in_flight_bytes for one in components),
                 level=policy.level(ledger.measured, limit),
                 delay_seconds=self._delay,
                 samples=self._gauge.readings,
                 probe_failures=self._gauge.failures,
-                grants=sum(held.values()),
+                grants=sum(one.grants for one in components),
                 waiting=ledger.waiters.count,
+                waiting_bytes=sum(one.waiting_bytes for one in components),
+                oldest_wait_seconds=max(one.oldest_wait_seconds for one in components),
+                stalled_seconds=self._stalls.seconds(now),
+                age_seconds=time.monotonic() - self._made_at,
                 observe=self._observe,
                 would_wait=sum(self._rehearsal.waits.values()),
                 would_wait_seconds=sum(would_wait_seconds.values()),
@@ -289,11 +325,48 @@ class MemoryLimiter(LimiterState):
                     if name != BYTES
                 },
                 reclaimers=self._reclaim.statistics(),
-                components=tuple(
-                    self._describe(ledger.accounts[path], held, would_wait_seconds)
-                    for path in sorted(self._components)
-                ),
+                components=components,
             )
+
+    def held_grants(self, most: int | None = None, *, skip: int = 0) -> list[HeldGrant]:
+        """Give the grants that are held, the largest first, as a snapshot.
+
+        From the limiter's event loop, or from a thread. Never waits. Costs time in proportion
+        to the number of grants.
+
+        Args:
+            most: how many to give; None for all.
+            skip: how many to leave out before these.
+
+        Raises:
+            ValueError: a number is negative.
+        """
+        _check_page(most, skip)
+        with self._lock:
+            return held_grants(self._held(), self._now(), most, skip)
+
+    def waiting_requests(self, most: int | None = None, *, skip: int = 0) -> list[WaitingRequest]:
+        """Give the requests that wait, the oldest first, as a snapshot.
+
+        As with ``held_grants``; the cost is in proportion to the number of requests that wait.
+
+        Raises:
+            ValueError: a number is negative.
+        """
+        _check_page(most, skip)
+        with self._lock:
+            return waiting_requests(self._ledger, self._now(), most, skip)
+
+    def add_hook(self, hook: Hook) -> Hooked:
+        """Have a function told of every event from now on: waits, delays, refusals, stalls.
+
+        See ``membound_async.hooks``. It is called at once, in whatever thread something happens,
+        and must not wait.
+
+        Returns:
+            What ends it: ``remove()``, or the end of a ``with`` block.
+        """
+        return self._hooks.add(hook)
 
     # --- components
 
@@ -500,18 +573,14 @@ class MemoryLimiter(LimiterState):
         baseline = self._ledger.baseline
         if changed.effective_bytes <= baseline:
             raise _below_baseline(changed, baseline, self._gauge.name)
-        log().info(
-            "membound.limit_changed",
-            limit_bytes=limit_bytes,
-            before_bytes=self._limit.limit_bytes,
-            limit_source=source,
-        )
+        before_bytes = self._limit.limit_bytes
         with self._lock:
             self._limit = changed
             self._verified = None
             settled = self._ledger.resize(changed.effective_bytes)
             settled += self._observe_reading(self._ledger.measured, self._now())
         self._wake(settled)
+        self._hooks.tell(LimitChanged(limit_bytes, before_bytes, source))
 
     # --- its scope
 
@@ -599,9 +668,9 @@ class MemoryLimiter(LimiterState):
 
     def _let_go(self) -> None:
         """Let components that came by themselves be used with another limiter."""
-        held = self._count_grants()
         for component in self._adopted:
-            if not held[component._account] and not component._account.entries:
+            account: Account = component._account
+            if not account.holders.count and not account.entries:
                 component._limiter = component._account = None
                 if self._components.get(component.path) is component:
                     del self._components[component.path]
@@ -688,14 +757,13 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             settled = self._ledger.leave(account)
             out = account.granted if not account.entries else 0
-            grants = self._count_grants()[account] if out else 0
         self._wake(settled)
         if out and component is not self.root:
             log().warning(
                 "membound.left_with_grants_out",
                 component=component.path,
                 granted_bytes=out,
-                grants=grants,
+                grants=account.holders.count,
             )
 
     # --- requests
@@ -706,7 +774,12 @@ class MemoryLimiter(LimiterState):
             return self._ledger.admit(account, nbytes)
 
     async def _acquire(
-        self, request: Request, timeout: float | None, grant: MemoryGrant | None = None
+        self,
+        request: Request,
+        timeout: float | None,
+        grant: MemoryGrant | None = None,
+        *,
+        yields: bool = True,
     ) -> Any:
         """Wait until the request is admitted, and for the delay if there is pressure.
 
@@ -717,6 +790,7 @@ class MemoryLimiter(LimiterState):
             request: what to put to the ledger.
             timeout: how long to wait, in seconds.
             grant: who takes over what was charged.
+            yields: whether others may run first, if that is due.
 
         Returns:
             The grant.
@@ -726,7 +800,7 @@ class MemoryLimiter(LimiterState):
             self._reclaim.refuse_reentry(request.account, request.nbytes)
             self._bind()
             now = self._now()
-            if now >= self._yield_at:
+            if now >= self._yield_at and yields:
                 self._has_yielded(now)  # already now, or all who come meanwhile would yield too
                 await anyio.lowlevel.checkpoint()
                 now = self._now()
@@ -744,11 +818,12 @@ class MemoryLimiter(LimiterState):
                 self._has_yielded(self._now())
             if self._delay:
                 await anyio.sleep(self._delay_of(request))
-        except BaseException:
+        except BaseException as error:
             self._withdraw(request, now)
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
+            self._tell_of_refusal(request, error)
             raise
         request.owner = None
         if grant is not None:
@@ -763,6 +838,7 @@ class MemoryLimiter(LimiterState):
         now = self._now()
         self._sample_if_due(request.nbytes, now)
         settled: list[Request] = []
+        error: GrantError | None = None
         with self._lock:
             self._start_with_first_request(now)
             self._used = True
@@ -771,7 +847,13 @@ class MemoryLimiter(LimiterState):
             elif self._observe:
                 self._rehearse(request, now)
             else:
-                settled = self._ledger.request_nowait(request)
+                try:
+                    settled = self._ledger.request_nowait(request)
+                except GrantError as refused:
+                    error = refused
+        if error is not None:
+            self._tell_of_refusal(request, error)
+            raise error
         self._wake(settled)
 
     def _acquire_blocking(self, request: Request, timeout: float | None) -> None:
@@ -796,10 +878,15 @@ class MemoryLimiter(LimiterState):
                 self._waited(request, now)
             if delay := self._delay_of(request):
                 time.sleep(delay)
-        except BaseException:
+        except BaseException as error:
             self._withdraw(request, now)
+            self._tell_of_refusal(request, error)
             raise
         request.owner = None
+
+    def _tell_of_refusal(self, request: Request, error: BaseException) -> None:
+        if isinstance(error, GrantError):
+            self._hooks.tell(GrantRefused(request.account.name, request.nbytes, error))
 
     def _submit(
         self, request: Request, now: float, place: Callable[[], object] | None = None
@@ -841,6 +928,7 @@ class MemoryLimiter(LimiterState):
         if request.source is not None:
             return 0.0
         self._add(self._delay_seconds, request.account, delay)
+        self._hooks.tell(GrantDelayed(request.account.name, request.nbytes, delay))
         return delay
 
     def _ask(self, request: Request, now: float) -> list[Request]:
@@ -868,17 +956,20 @@ class MemoryLimiter(LimiterState):
 
     def _waited(self, request: Request, since: float) -> None:
         """Note the end of a wait; raise if it has not ended in an admission."""
+        name = request.account.name
         seconds = self._now() - since
         if request.state is State.WAITING:
-            raise GrantTimeout(request.account.name, request.nbytes, seconds)
+            raise GrantTimeout(name, request.nbytes, seconds)
         self._add(self._wait_seconds, request.account, seconds)
-        if request.state is State.DEADLOCKED:
-            raise GrantDeadlock(request.account.name, request.nbytes, request.holders)
-        if request.state is State.IMPOSSIBLE:
+        if request.state is State.ADMITTED:
+            self._hooks.tell(GrantWaited(name, request.nbytes, seconds))
+        elif request.state is State.DEADLOCKED:
+            raise GrantDeadlock(name, request.nbytes, request.holders)
+        elif request.state is State.IMPOSSIBLE:
             with self._lock:
                 error = self._ledger.refusal(request)
             raise error or GrantTooLarge(
-                request.account.name, request.nbytes, 0, "the limit or its bounds have changed"
+                name, request.nbytes, 0, "the limit or its bounds have changed"
             )
 
     def _withdraw(self, request: Request, since: float) -> None:
@@ -933,10 +1024,10 @@ class MemoryLimiter(LimiterState):
         """Give back what was queued by finalisers."""
         while self._abandoned:
             account, nbytes, exclusive, options = self._abandoned.popleft()
-            log().warning("membound.grant_leaked", component=account.name, granted_bytes=nbytes)
             with self._lock:
                 settled = self._let_go_of(account, nbytes, exclusive, options)
             self._wake(settled)
+            self._hooks.tell(GrantLeaked(account.name, nbytes))
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
@@ -973,7 +1064,7 @@ class MemoryLimiter(LimiterState):
         if loop is not None:
             if loop.token is running.token:
                 return loop
-            held = len(self._grants.snapshot())
+            held = len(self._held())
             if not loop.ended and (held or self._ledger.waiters.count):
                 if self.is_noop:
                     return running
@@ -1012,10 +1103,15 @@ class MemoryLimiter(LimiterState):
         self._sample(now)
         if self._ledger.waiters.count:
             self._lift_barrier(now)
-        if self._stalls.look(now, self._ledger.moved, self._ledger.waiters.count):
-            with self._lock:
-                report = describe_stall(self._ledger, self._grants.snapshot(), now)
-            log().warning("membound.stalled", **report)
+        with self._lock:
+            event = self._stalls.look(
+                now,
+                self._ledger.moved,
+                self._ledger.waiters.count,
+                partial(describe_stall, self._ledger, now),
+            )
+        if event is not None:
+            self._hooks.tell(event)
 
     # --- deadlocks
 
@@ -1062,7 +1158,7 @@ class MemoryLimiter(LimiterState):
         ledger, loop = self._ledger, self._loop
         held = [
             (grant._component._account, grant._holder, grant._size, grant._since)
-            for grant in self._grants.snapshot()
+            for grant in self._held()
         ]
         waiting = ledger.all_waiting()
         holders = waiting_holders(ledger.accounts.values(), held, waiting)
@@ -1094,7 +1190,18 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             settled = self._observe_reading(measured, now)
         self._wake(settled)
+        self._look_at_drift()
         self._reclaim.look(now)
+
+    def _look_at_drift(self) -> None:
+        """Tell of drift that has become more since it was last told."""
+        ledger = self._ledger
+        drift: int = ledger.drift
+        if drift > self._drift_told + ledger.limit // DRIFT_PART:
+            self._drift_told = drift
+            self._hooks.tell(DriftRose(drift, ledger.measured, ledger.free))
+        elif drift < self._drift_told // 2:
+            self._drift_told = drift
 
     def _observe_reading(self, measured: int, now: float) -> list[Request]:
         """Take a reading into account; with the lock held."""
@@ -1159,18 +1266,23 @@ class MemoryLimiter(LimiterState):
     def _add(totals: dict[Account, float], account: Account, seconds: float) -> None:
         totals[account] = totals.get(account, 0.0) + seconds
 
-    def _count_grants(self) -> Counter[Account]:
-        return Counter(grant._component._account for grant in self._grants.snapshot())
+    def _held(self) -> list[MemoryGrant]:
+        """Give all grants that are held; costs time in proportion to their number."""
+        return [
+            grant
+            for account in self._ledger.accounts.values()
+            for grant in account.holders.snapshot()
+        ]
 
     def _component_statistics(self, account: Account) -> ComponentStatistics:
         with self._lock:
-            seconds = self._rehearsal.seconds(self._now())
-            return self._describe(account, self._count_grants(), seconds)
+            now = self._now()
+            return self._describe(account, now, self._rehearsal.seconds(now))
 
     def _describe(
-        self, account: Account, held: Counter[Account], would_wait_seconds: dict[Account, float]
+        self, account: Account, now: float, would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
-        waiting = list(account.waiting())
+        oldest = next(iter(account.waiting), None)
         peak_live, peak_overdraft = self._live.peaks(account.name)
         return ComponentStatistics(
             path=account.name,
@@ -1188,9 +1300,10 @@ class MemoryLimiter(LimiterState):
             overdraft_bytes=max(0, account.live - max(account.granted, account.reserved)),
             peak_overdraft_bytes=peak_overdraft,
             peak_granted_bytes=account.peak,
-            grants=held[account],
-            waiting=len(waiting),
-            waiting_bytes=sum(request.nbytes for request in waiting),
+            grants=account.holders.count,
+            waiting=len(account.waiting),
+            waiting_bytes=account.waiting_bytes,
+            oldest_wait_seconds=0.0 if oldest is None else max(0.0, now - oldest.asked_at),
             total_wait_seconds=self._wait_seconds.get(account, 0.0),
             total_delay_seconds=self._delay_seconds.get(account, 0.0),
             admissions=account.admissions,
@@ -1239,6 +1352,11 @@ def current_limiter(*, besides: Component | None = None) -> MemoryLimiter:
             "limiter.install() or `membound run`",
         )
     return _nobody
+
+
+def _check_page(most: int | None, skip: int) -> None:
+    if skip < 0 or (most is not None and most < 0):
+        raise ValueError(f"most={most}, skip={skip}: neither may be negative")
 
 
 def _below_baseline(limit: MemoryLimit, baseline: int, measured_name: str) -> InvalidLimit:

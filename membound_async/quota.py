@@ -501,7 +501,7 @@ class Ledger(Pool):
 
     def all_waiting(self) -> list[Request]:
         """Give all requests that wait, the oldest first."""
-        found = [each for account in self.accounts.values() for each in account.waiting()]
+        found = [each for account in self.accounts.values() for each in account.waiting]
         return sorted(found, key=lambda request: request.arrival)
 
     def suspend_order(
@@ -688,6 +688,19 @@ class Ledger(Pool):
             if (threshold := self._threshold(request, stock, amount, pool)) != READY
         ]
         return next((each for each in missing if each > 0), max(missing, default=0))
+
+    def threshold(self, request: Request) -> int | None:
+        """``T``: how many bytes must be free for a request by the rule; None if it needs none."""
+        threshold = self._threshold(request, request.account, self._demands(request)[0][1], self)
+        return None if threshold == READY else threshold
+
+    def waits_for(self, request: Request) -> str:
+        """Say what a request that waits lacks: a resource, ``"firm limit"``, or its ``"turn"``."""
+        lacks = self._lacks(request)
+        if lacks is None:
+            return "turn"
+        _, pool = lacks
+        return "firm limit" if pool is None else pool.resource
 
     def resize(self, limit: int) -> list[Request]:
         """Change the effective limit. Nothing is revoked: ``free`` may become negative."""
@@ -1144,7 +1157,7 @@ class Ledger(Pool):
         dropped = [
             request
             for account in accounts
-            for request in account.waiting()
+            for request in account.waiting
             if self.refusal(request) is not None
         ]
         dropped.sort(key=lambda request: request.arrival)

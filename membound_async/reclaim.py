@@ -46,6 +46,7 @@ from .context import current_call
 from .eventloop import EventLoop, Handle, running_loop
 from .events import log
 from .exceptions import ReclaimReentry
+from .hooks import Reclaimed
 from .statistics import ReclaimerStatistics
 
 if TYPE_CHECKING:
@@ -200,13 +201,14 @@ class Call:
                 "membound.reclaimer_failed", reclaimer=self.reclaimer.name, error=repr(exc)
             )
         elif exc is None:
-            log().info(
-                "membound.reclaimed",
-                reclaimer=self.reclaimer.name,
-                wanted_bytes=self.wanted_bytes,
-                freed_bytes=self.freed_bytes,
-                reported_bytes=self.reported_bytes,
-                seconds=round(self.seconds, 6),
+            limiter._hooks.tell(
+                Reclaimed(
+                    self.reclaimer.name,
+                    self.wanted_bytes,
+                    self.freed_bytes,
+                    self.reported_bytes,
+                    self.seconds,
+                )
             )
         return self.failed
 

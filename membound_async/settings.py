@@ -42,6 +42,8 @@ class LimiterSettings:
             nobody else is served; None for the effective limit.
         yield_after_seconds: uncontended grants let other tasks run once in that time.
         stale_after_seconds: a probe that has failed for that long counts as full pressure.
+        log_interval_seconds: what happens again within that time, in the same component, is
+            logged once; see ``membound_async.eventlog``.
         reclaim: whether garbage is collected and free heap returned to the system when memory
             is short; reclaimers of the program are asked in any case.
         debug: releasing a grant twice raises ``GrantReleased`` instead of being ignored.
@@ -56,13 +58,19 @@ class LimiterSettings:
     bypass_limit_bytes: int | None = None
     yield_after_seconds: float = 0.001
     stale_after_seconds: float = 2.0
+    log_interval_seconds: float = 10.0
     reclaim: bool = True
     debug: bool = False
     pressure: PressurePolicy = field(default_factory=PressurePolicy)
 
     def __post_init__(self) -> None:
         _check_at_least("overcommit", self.overcommit, 1.0)
-        for name in ("stall_after_seconds", "yield_after_seconds", "stale_after_seconds"):
+        for name in (
+            "stall_after_seconds",
+            "yield_after_seconds",
+            "stale_after_seconds",
+            "log_interval_seconds",
+        ):
             _check_at_least(name, getattr(self, name), 1e-6)
         if self.bypass_limit_bytes is not None:
             bypass = limit_size(self.bypass_limit_bytes, "bypass_limit_bytes")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .events import log
+from .hooks import Event, Stalled, StallEnded
 
 if TYPE_CHECKING:
-    from .grant import MemoryGrant
     from .quota import Ledger
     from .stocks import Account
 
@@ -31,43 +30,44 @@ class StallWatch:
         self.still_since = 0.0
         self.stalled = False
 
-    def look(self, now: float, moved: int, waiting: int) -> bool:
-        """Look at how much has moved by now; tell whether a stall is to be reported.
-
-        The end of a stall is logged here.
+    def look(
+        self, now: float, moved: int, waiting: int, describe: Callable[[], Stalled]
+    ) -> Event | None:
+        """Look at how much has moved by now; give what there is to report, once.
 
         Args:
             now: the time in seconds.
             moved: anything that changes with every grant and every release.
             waiting: how many requests wait.
+            describe: says who holds what and who waits.
         """
         if moved != self._moved or not waiting:
-            if self.stalled:
-                self.stalled = False
-                log().info("membound.stall_ended", after_seconds=round(now - self.still_since, 3))
+            ended = StallEnded(now - self.still_since) if self.stalled else None
+            self.stalled = False
             self._moved, self.still_since = moved, now
-        elif not self.stalled and now - self.still_since >= self._after_seconds:
+            return ended
+        if not self.stalled and now - self.still_since >= self._after_seconds:
             self.stalled = True
-            return True
-        return False
+            return describe()
+        return None
+
+    def seconds(self, now: float) -> float:
+        """Give how long a stall that was reported has lasted; 0 if there is none."""
+        return now - self.still_since if self.stalled else 0.0
 
 
-def describe_stall(ledger: Ledger, grants: Iterable[MemoryGrant], now: float) -> dict[str, Any]:
+def describe_stall(ledger: Ledger, now: float) -> Stalled:
     """Say who holds what since when, and who waits for what; bytes and seconds.
 
     Costs time in proportion to the number of grants and components.
     """
-    since: dict[Account, float] = {}
-    for grant in grants:
-        account: Account = grant.component._account
-        since[account] = min(since.get(account, now), grant._since)
     holders = [
         {
             "component": account.name,
             "granted_bytes": account.granted,
             "in_flight_bytes": account.in_flight,
             "reserved_bytes": account.reserved,
-            "oldest_seconds": round(now - since.get(account, now), 3),
+            "oldest_seconds": round(_age_of_oldest(account, now), 3),
         }
         for account in sorted(
             (a for a in ledger.accounts.values() if a.granted or a.reserved or a.in_flight),
@@ -75,25 +75,29 @@ def describe_stall(ledger: Ledger, grants: Iterable[MemoryGrant], now: float) ->
         )[:REPORTED]
     ]
     heads = [
-        (waiting[0] if account.queue is None else account.queue.head(), len(waiting))
+        next(iter(account.waiting)) if account.queue is None else account.queue.head()
         for account in ledger.accounts.values()
-        if (waiting := list(account.waiting()))
+        if account.waiting
     ]
-    heads.sort(key=lambda entry: entry[0].asked_at)
-    return {
-        "free_bytes": ledger.free,
-        "drift_bytes": ledger.drift,
-        "measured_bytes": ledger.measured,
-        "waiting": ledger.waiters.count,
-        "holders": holders,
-        "waiters": [
+    heads.sort(key=lambda head: head.asked_at)
+    return Stalled(
+        free_bytes=ledger.free,
+        drift_bytes=ledger.drift,
+        measured_bytes=ledger.measured,
+        waiting=ledger.waiters.count,
+        holders=holders,
+        waiters=[
             {
                 "component": head.account.name,
                 "wanted_bytes": head.nbytes,
                 "missing_bytes": ledger.missing(head),
-                "waiting": waiting,
+                "waiting": len(head.account.waiting),
                 "waited_seconds": round(now - head.asked_at, 3),
             }
-            for head, waiting in heads[:REPORTED]
+            for head in heads[:REPORTED]
         ],
-    }
+    )
+
+
+def _age_of_oldest(account: Account, now: float) -> float:
+    return now - min((grant._since for grant in account.holders.snapshot()), default=now)

@@ -11,9 +11,9 @@ This is the state that the ledger keeps; it decides nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
-from .fastpath import NO_LIMIT, AccountState, LedgerState
+from .fastpath import NO_LIMIT, AccountState, Holders, LedgerState
 from .waiters import Order, Ranking, Request
 
 __all__ = ["BYTES", "NO_LIMIT", "Account", "Group", "Pool", "Sender", "Stock"]
@@ -159,6 +159,9 @@ class Account(Stock):
         refusals: grants and grows refused so far.
         group: what it divides with others of its group; None if it is in none.
         by_sender: who has something in flight to it, or waits for that.
+        holders: its grants that are held.
+        waiting: all requests that wait in it, the oldest first.
+        waiting_bytes: how much they want together.
         queue: who waits for the component itself; None if nobody does.
         incoming: requests that wait to take over what this account has.
     """
@@ -172,6 +175,8 @@ class Account(Stock):
         "name",
         "others",
         "refusals",
+        "waiting",
+        "waiting_bytes",
     )
 
     def __init__(self, name: str, minimum: int, firm_limit: int) -> None:
@@ -184,13 +189,9 @@ class Account(Stock):
         self.group: Group | None = None
         self.by_sender: dict[Hashable, Sender] = {}
         self.incoming: dict[Request, None] = {}
-
-    def waiting(self) -> Iterator[Request]:
-        """Give all who wait in it, line by line."""
-        if self.queue is not None:
-            yield from self.queue
-        for sender in self.by_sender.values():
-            yield from sender.line
+        self.holders = Holders()
+        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.waiting_bytes = 0
 
     @property
     def is_waited_for(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
@@ -164,10 +164,6 @@ class Queue:
         if barriers and not fronts[0].exclusive:
             return min(barriers, key=lambda front: front.orders[0].barriers[front])
         return fronts[0]
-
-    def __iter__(self) -> Iterator[Request]:
-        yield from self.grows
-        yield from self.requests
 
 
 class Ranking(dict["Request", int]):
@@ -320,16 +316,20 @@ class Waiters(WaitersState, Order):
         line[request] = None
         if request.exclusive:
             line.move_to_end(request, last=False)
+        account.waiting[request] = None
+        account.waiting_bytes += request.nbytes
         self.count += 1
         self.alone += request.alone
         return request.exclusive or len(line) == 1
 
     def remove(self, request: Request, state: State) -> None:
         """Take a request out, wherever it stands, with its outcome."""
+        account = request.account
+        del account.waiting[request]
+        account.waiting_bytes -= request.nbytes
         if request.sender is not None:
             del request.sender.line[request]
         else:
-            account = request.account
             queue = account.queue
             assert queue is not None
             del queue.line(request)[request]
@@ -341,6 +341,12 @@ class Waiters(WaitersState, Order):
         self._step_back(request)
         for order in request.orders:
             order.bypassed.pop(request, None)
+
+    def bypassed_by(self, request: Request) -> int:
+        """Give how many bytes of the pool were granted past a request as the first of its line."""
+        if request in self.counting:
+            return self.passed - self.counting[request]
+        return self.bypassed.get(request, 0)
 
     def _step_back(self, request: Request) -> None:
         """Forget what a request was as the first of its line, but for its count."""

@@ -38,20 +38,21 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import aiokafka  # type: ignore[import-untyped]
 import anyio.lowlevel
 import httpx
 import pytest
+import structlog
 
 import membound_async
-from membound_async import allocator
+from membound_async import GrantReleased, allocator
 from membound_async.cli import _parser
+from membound_async.eventlog import EventLog
+from membound_async.hooks import Event
 from membound_async.pressure import PressurePolicy
-from membound_async.quota import Ledger
 from membound_async.settings import LimiterSettings
-from membound_async.stalls import describe_stall
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
 ROOT = Path(__file__).parent.parent
@@ -567,7 +568,7 @@ def test_every_event_is_in_the_table():
 
 def events_in_sources() -> dict[str, tuple[str, set[str]]]:
     """Give the level and the keys of everything that the package logs."""
-    found: dict[str, tuple[str, set[str]]] = {}
+    found = dict(map(told_by_hook, get_args(Event)))
     names: set[str] = set()
     for _, tree in sources():
         for node in ast.walk(tree):
@@ -577,14 +578,26 @@ def events_in_sources() -> dict[str, tuple[str, set[str]]]:
                     args=[ast.Constant(value=str(event))],
                     keywords=keywords,
                 ):
-                    keys = {keyword.arg for keyword in keywords if keyword.arg is not None}
-                    if len(keys) < len(keywords):  # **report
-                        keys |= describe_stall(Ledger(1), [], 0.0).keys()
-                    found[event] = (level, keys)
+                    found[event] = (level, {str(keyword.arg) for keyword in keywords})
                 case ast.Constant(value=str(text)) if re.fullmatch(r"membound\.[a-z_]+", text):
                     names.add(text)
     assert names == set(found)
     return found
+
+
+def told_by_hook(event: type[Any]) -> tuple[str, tuple[str, set[str]]]:
+    """Have an event written to the log, twice; give what was written."""
+    keys = {field.name for field in fields(event)}
+    example: Any = {"component": "a", "reclaimer": "a", "error": GrantReleased("a", "grow")}
+    made = event(**{key: example.get(key, 1) for key in keys})
+    log = EventLog(1.0, iter([0.0, 0.5, 1.5]).__next__)
+    with structlog.testing.capture_logs() as written:
+        for _ in range(3):
+            log(made)
+    assert [each.get("suppressed") for each in written] == [None, 1]
+    assert written[0]["event"] == event.name
+    level = written[0]["log_level"]
+    return event.name, (level, written[0].keys() - {"event", "log_level"})
 
 
 def test_every_option_of_the_command_line_is_described():

@@ -232,7 +232,6 @@ class _Limiter(fastpath.LimiterState):
     def __init__(self, ledger: Ledger) -> None:
         self._lock = threading.Lock()
         self._ledger = ledger
-        self._grants = fastpath.Holders()
         self._loop_token = asyncio.get_running_loop()
         self._now = time.monotonic
         self._calm_until = float("inf")
@@ -253,6 +252,12 @@ def _numbers(ledger: Ledger) -> tuple[Any, ...]:
         (ledger.free, ledger._lowest_free, ledger.moved, ledger._closed),
         [(a.granted, a.excess, a.reserved, a.live, a.peak, a.admissions) for a in accounts],
     )
+
+
+def _held(ledger: Ledger) -> set[Any]:
+    for account in ledger.accounts.values():
+        assert account.holders.count == len(account.holders.snapshot())
+    return {one for account in ledger.accounts.values() for one in account.holders.snapshot()}
 
 
 SHARES = [Fraction(1, 2), Fraction(1), Fraction(1, 3), Fraction(2**61 - 1, 2**62 - 1)]
@@ -296,7 +301,7 @@ def test_a_step_is_that_of_the_ledger(share: Fraction, limit: int) -> None:
                 if admitted:
                     held.append((one, slow.account(name)))
             assert _numbers(fast) == _numbers(slow)
-            assert set(limiter._grants.snapshot()) == {one for one, _ in held}
+            assert _held(fast) == {one for one, _ in held}
         for one, _ in held:
             await one.__aexit__(None, None, None)
         assert fast.committed == sum(max(a.live, a.reserved) for a in fast.accounts.values())
@@ -335,7 +340,6 @@ def test_when_there_is_no_fast_path() -> None:
             ("_now", lambda: 0.0),
             ("_lock", threading.RLock()),
             ("_ledger", object()),
-            ("_grants", set()),
         ]:
             limiter, _, component = fresh()
             setattr(limiter, name, value)
@@ -504,10 +508,12 @@ def test_dropped_while_it_is_held() -> None:
         component = limiter.component("a")
         await _warm(limiter)
         one = await component.grant(10)
-        assert limiter._grants.snapshot() == [one]
+        assert limiter._held() == [one]
+        assert limiter.statistics().grants == 1
         with pytest.warns(ResourceWarning, match="10 bytes, held> was never released"):
             del one
-        assert limiter._grants.snapshot() == []
+        assert limiter._held() == []
+        assert limiter.statistics().grants == 0
         await asyncio.sleep(0)
         assert limiter.statistics().free_bytes == 10_000
 
@@ -716,8 +722,8 @@ def test_holders_do_not_give_what_is_being_freed() -> None:
         def _lost(self) -> None:
             found[:] = holders.snapshot()
 
-    limiter: Any = types.SimpleNamespace(_grants=holders)
-    lost = Lost(types.SimpleNamespace(_limiter=limiter), 1)  # type: ignore[arg-type]
+    account = types.SimpleNamespace(holders=holders)
+    lost = Lost(types.SimpleNamespace(_account=account), 1)  # type: ignore[arg-type]
     lost._state = fastpath.HELD
     holders.add(lost)  # type: ignore[arg-type]
     del lost

@@ -119,7 +119,7 @@ class Bench(Ledger):
         return [
             request
             for account in self.accounts.values()
-            for request in account.queue or ()
+            for request in account.waiting
             if request.barrier
         ]
 
@@ -569,7 +569,7 @@ def test_the_fronts_of_both_lines_count():
     request = ledger.waiting(a, 40)
     grow = ledger.growing(ours, 35)  # T = 80
     ledger.held(b, 11)
-    assert ledger.barriers() == [grow, request]
+    assert ledger.barriers() == [request, grow]
     assert a.queue is not None
     assert a.queue.head() is request
 

@@ -22,6 +22,7 @@ def test_every_knob_has_a_variable() -> None:
     values = {
         "OVERCOMMIT": "2.5",
         "STALL_AFTER_SECONDS": "3",
+        "LOG_INTERVAL_SECONDS": "7",
         "BYPASS_LIMIT_BYTES": "64KiB",
         "YIELD_AFTER_SECONDS": "0.5",
         "STALE_AFTER_SECONDS": "7",
@@ -39,6 +40,7 @@ def test_every_knob_has_a_variable() -> None:
     ) == LimiterSettings(
         overcommit=2.5,
         stall_after_seconds=3,
+        log_interval_seconds=7,
         bypass_limit_bytes=65536,
         yield_after_seconds=0.5,
         stale_after_seconds=7,

@@ -53,7 +53,7 @@ def state(limiter: MemoryLimiter) -> list[Any]:
             )
             for account in ledger.accounts.values()
         ],
-        len(limiter._grants.snapshot()),
+        len(limiter._held()),
     ]
 
 

@@ -123,7 +123,7 @@ def test_there_is_a_queue_only_while_anybody_waits():
     assert isinstance(owner.queue, Queue)
     assert (waiters.count, request.state) == (2, State.WAITING)
     waiters.remove(request, State.CANCELLED)
-    assert list(owner.queue) == [grow]
+    assert list(owner.waiting) == [grow]
     waiters.remove(grow, State.ADMITTED)
     assert owner.queue is None
     assert (waiters.count, request.state, grow.state) == (0, State.CANCELLED, State.ADMITTED)
@@ -138,8 +138,8 @@ def test_grows_go_first_otherwise_who_came_first():
     first = waiting(waiters, owner, Kind.GROW)
     second = waiting(waiters, owner, Kind.GROW)
     assert (owner.queue.head(), owner.queue.fronts()) == (first, [first, entry])
-    assert list(owner.queue) == [first, second, entry, request]
-    assert [each.arrival for each in owner.queue] == [3, 4, 1, 2]
+    assert [*owner.queue.grows, *owner.queue.requests] == [first, second, entry, request]
+    assert [each.arrival for each in owner.waiting] == [1, 2, 3, 4]
 
 
 def test_an_older_barrier_goes_before_the_first_grow():

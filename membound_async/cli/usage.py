@@ -164,7 +164,7 @@ def headline(seen: Seen) -> Iterator[tuple[str, str]]:
     """Give what is to be said of the limiter as a whole, as labels and facts."""
     numbers = seen.statistics
     if seen.status != "ok":
-        yield seen.status.replace("_", " "), seen.reason or ""
+        yield "trouble", seen.reason or ""
     measured, effective = numbers.measured_bytes, numbers.effective_limit_bytes
     used = f"{human_size(measured)} of {human_size(effective)} ({_percent(numbers)} %)"
     yield "memory", f"{used}, peak {human_size(numbers.peak_measured_bytes)}"

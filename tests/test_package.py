@@ -17,7 +17,8 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 
 # Each layer imports only from itself and from those below it.
 LAYERS = (
-    {"cli", "testing"},
+    {"api", "cli"},
+    {"metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"gauge", "limits", "probes", "events", "allocator"},
@@ -96,6 +97,11 @@ def test_ships_its_type_information():
     assert files("membound_async").joinpath("py.typed").is_file()
     assert files("membound_async").joinpath("_fast.pyi").is_file()
     assert files("membound_async.allocator").joinpath("_tracker.pyi").is_file()
+
+
+def test_ships_the_schema_and_the_page_of_the_api():
+    assert files("membound_async.api").joinpath("schema.json").is_file()
+    assert files("membound_async.api").joinpath("dashboard", "index.html").is_file()
 
 
 def test_ships_the_header_of_the_tracker_and_no_source_in_c():

@@ -207,14 +207,9 @@ def _bounds(
     minimum, firm = one.minimum_bytes, one.firm_limit_bytes
     roomy = handsome_size(HEADROOM * seen)
     if not minimum and firm is None:
-        return (
-            handsome_size(seen / 4),
-            roomy,
-            [
-                f"declares nothing, minimum {_plain(handsome_size(seen / 4))} and firm "
-                f"{_plain(roomy)} would do"
-            ],
-        )
+        minimum = handsome_size(seen / 4)
+        both = f"minimum {_plain(minimum)} and firm {_plain(roomy)}"
+        return minimum, roomy, [f"declares nothing, {both} would do"]
     changes: list[str] = []
     if minimum > MORE * roomy:
         minimum = roomy

@@ -242,9 +242,10 @@ def test_a_limit_that_nobody_needs_is_lowered() -> None:
     used = component(peak_granted_bytes=10 * MIB, firm_limit_bytes=16 * MIB)
     advice = advise(limiter(used, peak_measured_bytes=80 * MIB))
     assert advice.proposed_limit_bytes == 128 * MIB
-    assert advice.notes == (
+    (note,) = advice.notes
+    assert note == (
         "measured peak 80.0 MiB of 870.4 MiB effective, and nobody waited: a limit of 128 MiB "
-        "would do",
+        "would do"
     )
     for other in (replace(used, total_wait_seconds=0.1), replace(used, refusals=1)):
         assert advise(limiter(other, peak_measured_bytes=80 * MIB)).notes == ()
@@ -260,16 +261,18 @@ def test_what_is_proposed_and_does_not_fit_is_said() -> None:
     assert advice.proposed_minimums_bytes == 1000 * MIB
     assert advice.available_bytes == effective_limit_bytes(GIB, 0.15) - 40 * MIB
     assert advice.proposed_limit_bytes == 1280 * MIB
-    assert advice.notes == (
+    (note,) = advice.notes
+    assert note == (
         "the minimums add up to 1000.0 MiB, but the limit leaves 830.4 MiB: they need a limit of "
-        "1.25 GiB",
+        "1.25 GiB"
     )
     one = component("a", peak_granted_bytes=500 * MIB, firm_limit_bytes=600 * MIB)
     advice = advise(limiter(one, replace(one, path="b")))
     assert advice.proposed_limit_bytes is None
-    assert advice.notes == (
+    (note,) = advice.notes
+    assert note == (
         "the firm limits add up to 1.2 GiB, but the limit leaves 830.4 MiB: together they need "
-        "overcommit 1.5, or a limit of 1.5 GiB",
+        "overcommit 1.5, or a limit of 1.5 GiB"
     )
 
 
@@ -303,7 +306,7 @@ def components_of(draw: st.DrawFn, path: str) -> ComponentStatistics:
 
 @st.composite
 def limiters(draw: st.DrawFn) -> LimiterStatistics:
-    paths = draw(st.lists(st.sampled_from("abcdefg"), unique=True)) + ["root"]
+    paths = [*draw(st.lists(st.sampled_from("abcdefg"), unique=True)), "root"]
     limit = draw(st.integers(GIB, 64 * GIB))
     slop = draw(st.sampled_from([0.0, 0.15, 0.5]))
     return limiter(

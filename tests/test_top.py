@@ -246,8 +246,8 @@ def test_advice_names_everything(told: Told, top: Callable[..., tuple[int, str, 
     out = top(told.address, "--once", "--advise")[1]
     assert out.splitlines()[-5:] == [
         "advice",
-        "decode: granted peak 5.0 MiB of firm 32 MiB in 40 min, never waited: firm 6.5",
-        "  MiB would do",
+        "decode: granted peak 5.0 MiB of firm 32 MiB in 40 min, never waited: firm",
+        "  6.5 MiB would do",
         "stays as it is: fits",
         "too little seen to say anything: few",
     ]

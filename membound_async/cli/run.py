@@ -73,14 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
         writer = _Writer(limiter, name, arguments)
         # Python calls it after the program's threads and own exit handlers have ended.
         atexit.register(writer.write)
-    if beside:
-        atexit.register(_stop, beside)  # before the report
+    stop = partial(_stop, beside)
+    atexit.register(stop)  # called before the report is written
     try:
         _unwrapping_interrupts(execute, limiter)
     except CannotStart:
         if writer is not None:
             atexit.unregister(writer.write)
-        _stop(beside)
+        atexit.unregister(stop)
+        stop()
         limiter.uninstall()
         raise
     except BaseException as error:

@@ -58,7 +58,7 @@ def console_for(stream: IO[str], *, purpose: str) -> Console:
     """
     try:
         import rich.table  # all of it now: what is loaded later counts as the program's
-        import rich.text
+        import rich.text  # noqa: F401
         from rich.console import Console
     except ModuleNotFoundError:
         raise CannotStart(f"{purpose} needs rich: pip install 'membound-async[cli]'") from None

@@ -307,6 +307,24 @@ class BoundsReport:
     foot: list[Row]
     notes: list[str]
 
+    def to_text(self, width: int) -> str:
+        """Give it in lines of plain text for a terminal that is so wide."""
+        body, foot = self.body, self.foot
+        widest = max(2 * depth + len(row.label) for depth, row in body)
+        room = min(width - 2 * (_NUMBER_WIDTH + 2) - len("*"), widest)
+        room = max(room, _NARROWEST_LABEL)
+        rule = "-" * (room + 2 * (_NUMBER_WIDTH + 2))
+        text = [_columns("component", "minimum", "firm limit", room), rule]
+        for depth, row in body:
+            text += _table_lines(row, depth, room, nothing="-")
+        if foot:
+            text.append(rule)
+            for row in foot:
+                text += _table_lines(row, 0, room, nothing="0 B")
+        for note in self.notes:
+            text += wrap(note, max(width, _NARROWEST_LABEL), subsequent_indent="  ")
+        return "\n".join(text)
+
 
 def report_of(
     bounds: ComponentBounds,
@@ -375,21 +393,7 @@ def render(
         overcommit=overcommit,
         rows=rows,
     )
-    body, foot = report.body, report.foot
-    widest = max(2 * depth + len(row.label) for depth, row in body)
-    room = min(width - 2 * (_NUMBER_WIDTH + 2) - len("*"), widest)
-    room = max(room, _NARROWEST_LABEL)
-    rule = "-" * (room + 2 * (_NUMBER_WIDTH + 2))
-    text = [_columns("component", "minimum", "firm limit", room), rule]
-    for depth, row in body:
-        text += _table_lines(row, depth, room, nothing="-")
-    if foot:
-        text.append(rule)
-        for row in foot:
-            text += _table_lines(row, 0, room, nothing="0 B")
-    for note in report.notes:
-        text += wrap(note, max(width, _NARROWEST_LABEL), subsequent_indent="  ")
-    return "\n".join(text)
+    return report.to_text(width)
 
 
 def _component_row(bounds: ComponentBounds, label: str) -> Row:

@@ -27,14 +27,12 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 with testing.limiter("1GiB").grant_nowait(1):
     EMPTY = testing.limiter("1GiB").statistics()
-NOBODY = replace(
-    EMPTY.components[0],
-    **{
-        field.name: 0
-        for field in fields(ComponentStatistics)
-        if field.name not in {"path", "firm_limit_bytes", "resources"}
-    },
-)
+NOTHING: dict[str, Any] = {
+    field.name: 0
+    for field in fields(ComponentStatistics)
+    if field.name not in {"path", "firm_limit_bytes", "resources"}
+}
+NOBODY = replace(EMPTY.components[0], **NOTHING)
 
 
 def component(path: str = "decode", **numbers: Any) -> ComponentStatistics:

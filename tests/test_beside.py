@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,9 +106,12 @@ def test_the_port_is_given_back_if_the_program_cannot_start(
 ) -> None:
     made: list[Server] = []
     init = Server.__init__
-    monkeypatch.setattr(
-        Server, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1]
-    )
+
+    def noted(self: Server, *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Server, "__init__", noted)
     write("app.py", "")
     ended = membound("run", "--serve", "0", *options, "app.py")
     assert ended.exit_code == 2

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from membound_async import ComponentStatistics, LimiterStatistics, PressureStall, testing
+from membound_async import LimiterStatistics, PressureStall, testing
 from membound_async.advice import advise
 from membound_async.cli import SORTS, CannotStart, main, service
-from membound_async.cli import top as top_module
 from membound_async.cli.keyboard import Keyboard
 from membound_async.cli.report import Ending
 from membound_async.cli.screen import View, console_for, is_drawable, screen
@@ -148,7 +147,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         if len(waits) == times:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(top_module.time, "sleep", sleep)
+    monkeypatch.setattr("membound_async.cli.top.time.sleep", sleep)
 
 
 # --- addresses
@@ -305,7 +304,8 @@ def test_each_column_sorts_by_what_it_shows() -> None:
             "refused": "refusals",
             "grants": "grants",
         }
-        larger: ComponentStatistics = replace(one, **{fields[column.name]: 2**40})
+        change: dict[str, Any] = {fields[column.name]: 2**40}
+        larger = replace(one, **change)
         assert column.rank(larger) > column.rank(one)
         assert column.cell(larger) != column.cell(one)
         assert column.key in column.name

@@ -60,6 +60,10 @@ class Panel:
         size = os.get_terminal_size(self._terminal)
         return size.columns, max(0, size.lines - max(LEAST_LEFT, size.lines // 2))
 
+    def was_resized(self) -> bool:
+        """Tell whether the terminal has another size than when it was drawn on."""
+        return bool(self._lines) and os.get_terminal_size(self._terminal) != self._size
+
     def draw(self, lines: Sequence[str]) -> None:
         """Draw these lines; they are shorter than the terminal is wide.
 

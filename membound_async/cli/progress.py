@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Progress"]
 
 DRAW_SECONDS = 0.5
+LOOK_SECONDS = 0.05
+"""How often its size is looked at; the signal that tells of it is the program's."""
+
 SAY_SECONDS = 10.0
 """How often there is a line where nothing can be drawn."""
 
@@ -74,12 +77,22 @@ class Progress:
                 self._panel.close()
 
     def _show(self, limiter: MemoryLimiter) -> None:
-        interval = SAY_SECONDS if self._panel is None else DRAW_SECONDS
-        while not self._ended.wait(interval):
-            try:
+        try:
+            while not self._is_over():
                 self._once(limiter)
-            except (OSError, ValueError):
-                return  # the terminal is gone, or the stream was closed
+        except (OSError, ValueError):
+            return  # the terminal is gone, or the stream was closed
+
+    def _is_over(self) -> bool:
+        """Wait for the next time, which is at once after the terminal has changed its size."""
+        if self._panel is None:
+            return self._ended.wait(SAY_SECONDS)
+        for _ in range(round(DRAW_SECONDS / LOOK_SECONDS)):
+            if self._ended.wait(LOOK_SECONDS):
+                return True
+            if self._panel.was_resized():
+                break
+        return False
 
     def _once(self, limiter: MemoryLimiter) -> None:
         from membound_async.api.snapshot import StatusSnapshot

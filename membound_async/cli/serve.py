@@ -17,6 +17,8 @@ __all__ = ["Server"]
 
 ENDS_WITHIN_SECONDS = 2.0
 LOOPBACK = "127.0.0.1"
+LOGGERS = ("uvicorn.access", "uvicorn.error")
+"""Shared by all of uvicorn's servers in a process, so also by one of the program's."""
 
 
 class Server:
@@ -73,8 +75,8 @@ class Server:
             proxy_headers=False,
             timeout_graceful_shutdown=1,
         )
-        config.access_log = False  # given as an argument, it would be so for all of uvicorn
-        logging.getLogger("uvicorn.error").addFilter(self._is_worth_a_word)
+        for name in LOGGERS:
+            logging.getLogger(name).addFilter(self._is_worth_a_word)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run,
@@ -97,7 +99,8 @@ class Server:
         self._server.force_exit = True
         self._server.should_exit = True
         self._thread.join(ENDS_WITHIN_SECONDS)
-        logging.getLogger("uvicorn.error").removeFilter(self._is_worth_a_word)
+        for name in LOGGERS:
+            logging.getLogger(name).removeFilter(self._is_worth_a_word)
 
     def _is_worth_a_word(self, record: logging.LogRecord) -> bool:
         """Keep what this server does as a matter of course out of the program's log."""

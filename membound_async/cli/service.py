@@ -76,7 +76,7 @@ class Service:
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise ServiceError(
-                f"{self.name} cannot be asked: {error or type(error).__name__}"
+                f"{self.name} cannot be asked: {str(error) or type(error).__name__}"
             ) from None
         if code in (401, 403):
             refused = "does not take this token" if self._token else "wants a token"

@@ -25,7 +25,7 @@ from .service import Service, ServiceError
 from .usage import COLUMNS, Seen, to_text
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 __all__ = ["top"]
 
@@ -158,7 +158,7 @@ class _Live:
             finally:
                 self._ended.set()
 
-    def _drawn(self) -> object:
+    def _drawn(self) -> RenderableType:
         assert self._seen is not None
         advice = advise(self._seen.statistics) if self._shows_advice else None
         return screen(

@@ -169,7 +169,8 @@ def headline(seen: Seen) -> Iterator[tuple[str, str]]:
     used = f"{human_size(measured)} of {human_size(effective)} ({_percent(numbers)} %)"
     yield "memory", f"{used}, peak {human_size(numbers.peak_measured_bytes)}"
     held = numbers.granted_bytes + numbers.in_flight_bytes
-    grants = f" in {count(numbers.grants)} grants" if numbers.grants else ""
+    grants = f" in {count(numbers.grants)} grant" if numbers.grants else ""
+    grants += "s" * (numbers.grants > 1)
     free, drift = human_size(numbers.free_bytes), human_size(numbers.drift_bytes)
     yield "granted", f"{human_size(held)}{grants}, free {free}, drift {drift}"
     yield "waiting", waiting_in_words(numbers)

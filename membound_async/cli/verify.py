@@ -17,7 +17,7 @@ from membound_async.probes import ProcessProbe
 from membound_async.registry import ComponentRegistry
 from membound_async.settings import LimiterSettings
 from membound_async.sizes import format_size, human_size, parse_size
-from membound_async.verifier import BoundsVerifier, render, report_of
+from membound_async.verifier import BoundsVerifier, report_of
 
 from . import CannotStart
 from .layout import columns_of, paragraph
@@ -76,13 +76,14 @@ def _print_verdict(
         declared, limit.effective_bytes, baseline_bytes, overcommit, slop_factor=limit.slop_factor
     )
     columns = columns_of(sys.stdout)
-    about = {
-        "effective_bytes": limit.effective_bytes,
-        "baseline_bytes": baseline_bytes,
-        "overcommit": overcommit,
-    }
-    if not print_tree(report_of(declared.tree(), **about)):
-        print(render(declared.tree(), **about, width=columns))
+    report = report_of(
+        declared.tree(),
+        effective_bytes=limit.effective_bytes,
+        baseline_bytes=baseline_bytes,
+        overcommit=overcommit,
+    )
+    if not print_tree(report):
+        print(report.to_text(columns))
     if measured:
         _say(f"baseline: {measured}; see --baseline", columns)
     source = limit_source(limit.source, is_option=arguments.limit is not None)

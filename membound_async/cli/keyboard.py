@@ -58,4 +58,5 @@ class Keyboard:
         At the end of the input it is ``"q"``.
         """
         text = os.read(self.descriptor, 1024).decode(errors="replace")
-        return [_NAMES.get(key, key) for key in _KEY.findall(text)] or ["q"]
+        keys: list[str] = _KEY.findall(text)
+        return [_NAMES.get(key, key) for key in keys] or ["q"]

@@ -36,7 +36,7 @@ class Panel:
 
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal
-        self._size = os.terminal_size((0, 0))
+        self._size: os.terminal_size = os.terminal_size((0, 0))
         self._lines = 0
         reader, self._watched = os.pipe()
         try:

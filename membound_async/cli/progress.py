@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, TextIO
 
 from membound_async.limiter import MemoryLimiter
@@ -41,8 +42,7 @@ class Progress:
     """
 
     def __init__(self, program: str, stream: TextIO | None = None) -> None:
-        import membound_async.api.snapshot  # noqa: F401  now, as a part of the baseline
-
+        import_module("membound_async.api.snapshot")  # now, as a part of the baseline
         from .screen import console_for, is_drawable
 
         self._program = program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import IO, TYPE_CHECKING
 
 from membound_async.advice import Advice
@@ -57,8 +58,8 @@ def console_for(stream: IO[str], *, purpose: str) -> Console:
         CannotStart: rich is not installed.
     """
     try:
-        import rich.table  # all of it now: what is loaded later counts as the program's
-        import rich.text  # noqa: F401
+        for name in ("rich.table", "rich.text"):  # now, as a part of a program's baseline
+            import_module(name)
         from rich.console import Console
     except ModuleNotFoundError:
         raise CannotStart(f"{purpose} needs rich: pip install 'membound-async[cli]'") from None

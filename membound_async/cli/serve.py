@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+from importlib import import_module
 
 from membound_async.limiter import MemoryLimiter
 
@@ -37,7 +38,9 @@ class Server:
 
     def __init__(self, address: str, token: str | None) -> None:
         try:
-            import uvicorn  # noqa: F401
+            # All of it now, as a part of the program's baseline.
+            for name in ("uvicorn", "uvicorn.protocols.http.h11_impl", "membound_async.api"):
+                import_module(name)
         except ModuleNotFoundError:
             raise CannotStart("--serve needs uvicorn: pip install 'membound-async[cli]'") from None
         self._token = token

@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 from membound_async.probes import PressureStall
@@ -84,7 +84,7 @@ class Service:
                 f"{self.name} {refused} ({code}): give it with --token or MEMBOUND_API_TOKEN"
             )
         try:
-            document = json.loads(body) if code == 200 else None
+            document: Any = json.loads(body) if code == 200 else None
         except ValueError:
             document = None
         if not isinstance(document, dict) or "limiter" not in document:
@@ -92,7 +92,7 @@ class Service:
                 f"{self._url.geturl()} is no membound API (status code {code}); is it mounted "
                 "under another path?"
             )
-        return document
+        return cast("dict[str, Any]", document)
 
     def seen(self, document: Mapping[str, Any]) -> Seen:
         """Read a status.

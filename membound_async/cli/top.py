@@ -138,7 +138,7 @@ class _Live:
         self._ask()  # in sight of the shell if that fails
         if self._seen is None:
             raise ServiceError(self._trouble)
-        signal.signal(signal.SIGWINCH, lambda *_: self._tell())
+        signal.signal(signal.SIGWINCH, self._tell)
         for ending in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, _end)
         asker = threading.Thread(target=self._ask_again, name="membound top", daemon=True)
@@ -201,7 +201,8 @@ class _Live:
         else:
             self._trouble = ""
 
-    def _tell(self) -> None:
+    def _tell(self, *_: object) -> None:
+        """Have it drawn anew."""
         with suppress(BlockingIOError):  # it has been told already
             os.write(self._wake, b"\n")
 

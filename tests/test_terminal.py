@@ -244,7 +244,7 @@ def test_top_shows_a_service_and_sorts(terminal: Terminal, service: Callable[...
 def test_top_follows_the_size_of_the_terminal(
     terminal: Terminal, service: Callable[..., str]
 ) -> None:
-    terminal.type(f"membound top {service()}\n")
+    terminal.type(f"membound top {service()} --interval 600\n")
     terminal.wait_for("^COMPONENT")
     terminal.resize(120, 40)
     shown = terminal.wait_for("REFUSED|WAITED")
@@ -393,6 +393,19 @@ def test_progress_is_gone_after_the_program_was_killed(
     os.kill(process, number)
     terminal.wait_for(lambda now: "───" not in "".join(now))
     assert_scrolls_whole(terminal)
+
+
+def test_a_forked_process_does_not_keep_the_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("import os, time\nos.fork()\ntime.sleep(600)\n")
+    terminal.type("membound run --limit 1GiB --progress app.py\n")
+    terminal.wait_for("^app.py  for")
+    parent, child = sorted(processes("--progress", "app.py"))
+    try:
+        os.kill(parent, signal.SIGKILL)
+        terminal.wait_for(lambda now: "───" not in "".join(now))
+        assert_scrolls_whole(terminal)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_output_of_the_program_can_be_redirected(terminal: Terminal, tmp_path: Path) -> None:

@@ -40,9 +40,11 @@ from .rules import Polynomial
 from .settings import LimiterSettings
 from .statistics import (
     ComponentStatistics,
+    HeldGrant,
     LimiterStatistics,
     ReclaimerStatistics,
     ResourceStatistics,
+    WaitingRequest,
 )
 from .streams import bounded, create_memory_stream
 from .verifier import BoundsVerifier, VerifiedBounds
@@ -62,6 +64,7 @@ __all__ = [
     "GrantReleased",
     "GrantTimeout",
     "GrantTooLarge",
+    "HeldGrant",
     "Inbox",
     "InboxStatistics",
     "InsufficientMinimumMemory",
@@ -94,6 +97,7 @@ __all__ = [
     "UnknownComponent",
     "UsageExpr",
     "VerifiedBounds",
+    "WaitingRequest",
     "bounded",
     "create_memory_stream",
     "current_component",

@@ -311,7 +311,7 @@ class MemoryLimiter(LimiterState):
                 waiting=ledger.waiters.count,
                 waiting_bytes=sum(one.waiting_bytes for one in components),
                 oldest_wait_seconds=max(one.oldest_wait_seconds for one in components),
-                stalled_seconds=self._stalls.seconds(now),
+                stalled_seconds=self._stalls.seconds(now, ledger.moved, ledger.waiters.count),
                 age_seconds=time.monotonic() - self._made_at,
                 observe=self._observe,
                 would_wait=sum(self._rehearsal.waits.values()),
@@ -448,8 +448,8 @@ class MemoryLimiter(LimiterState):
             raise LimitError(f"{component!r} belongs to another limiter; make a new one")
         if component._limiter is None:
             declared = self.registry.register(component.path, component)
-            self._components.setdefault(component.path, component)
             self._join(component)
+            self._components.setdefault(component.path, component)
             for node in declared.walk():
                 self._declare(self.component(node.path))
         return component
@@ -683,8 +683,8 @@ class MemoryLimiter(LimiterState):
         self.registry.component(path)
         component = Component.__new__(Component)
         component.path = path
-        self._components[path] = component
         self._join(component)
+        self._components[path] = component  # last: a thread may ask for statistics meanwhile
         return component
 
     def _join(self, component: Component) -> None:

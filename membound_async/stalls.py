@@ -51,9 +51,9 @@ class StallWatch:
             return describe()
         return None
 
-    def seconds(self, now: float) -> float:
+    def seconds(self, now: float, moved: int, waiting: int) -> float:
         """Give how long a stall that was reported has lasted; 0 if there is none."""
-        return now - self.still_since if self.stalled else 0.0
+        return now - self.still_since if self.stalled and waiting and moved == self._moved else 0.0
 
 
 def describe_stall(ledger: Ledger, now: float) -> Stalled:

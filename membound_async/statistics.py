@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from .live import Tracking
@@ -207,28 +208,25 @@ class WaitingRequest:
     is_barrier: bool
 
 
-def _plain(value: Any) -> Any:
-    """Give plain dicts and lists; ten times as fast as ``dataclasses.asdict``, which copies."""
-    kind = type(value)
-    if kind is int or kind is float or kind is str:
+def _plain(value: object) -> Any:
+    """Give plain dicts and lists, in half the time of ``dataclasses.asdict``, which copies."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in cast("dict[str, object]", value).items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in cast("tuple[object, ...]", value)]
+    if not is_dataclass(value):
         return value
-    if kind is dict:
-        return {key: _plain(each) for key, each in value.items()}
-    if kind is tuple:
-        return [_plain(each) for each in value]
-    if is_dataclass(kind):
-        names, read = _reader(kind)
-        return {
-            name: each if type(each) in _ATOMS else _plain(each)
-            for name, each in zip(names, read(value), strict=True)
-        }
-    return value
+    names, read = _reader(cast("Hashable", type(value)))
+    return {
+        name: each if type(each) in _ATOMS else _plain(each)
+        for name, each in zip(names, read(value), strict=True)
+    }
 
 
 _ATOMS = frozenset({int, float, str, bool, type(None)})
 
 
 @cache
-def _reader(kind: type[Any]) -> tuple[tuple[str, ...], attrgetter[tuple[Any, ...]]]:
+def _reader(kind: Any) -> tuple[tuple[str, ...], attrgetter[tuple[object, ...]]]:
     names = tuple(field.name for field in fields(kind))
     return names, attrgetter(*names)

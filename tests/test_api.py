@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlencode
 
 import anyio
 import anyio.lowlevel
@@ -20,8 +21,9 @@ import structlog
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from membound_async import MemoryLimiter, testing
-from membound_async.api import MemoryAPI, access, events
+from membound_async import Component, MemoryLimiter, testing
+from membound_async.api import MemoryAPI, events
+from membound_async.api.grants import PAGE_NAMES
 from membound_async.api.snapshot import StatusSnapshot
 from membound_async.bounds import UsageExpr
 from membound_async.testing import ScriptedProbe
@@ -90,9 +92,12 @@ async def test_status_is_the_snapshot_and_nothing_else(monkeypatch):
     limiter.add_reclaimer(lambda wanted_bytes: 0, name="cache")
     taken: list[StatusSnapshot] = []
     take = StatusSnapshot.take
-    monkeypatch.setattr(
-        StatusSnapshot, "take", lambda limiter: taken.append(take(limiter)) or taken[-1]
-    )
+
+    def take_noting(limiter: MemoryLimiter) -> StatusSnapshot:
+        taken.append(take(limiter))
+        return taken[-1]
+
+    monkeypatch.setattr(StatusSnapshot, "take", take_noting)
     document = check_status(await get(MemoryAPI(limiter), "/memory/status"))
     assert document == json.loads(json.dumps(taken[0].to_dict()))
     assert document["limiter"] == json.loads(json.dumps(taken[0].limiter.to_dict()))
@@ -150,6 +155,25 @@ async def test_the_limiter_may_be_in_another_thread_and_loop():
         await anyio.to_thread.run_sync(lambda: anyio.run(ask))
     assert [answer.status_code for answer in answers] == [200] * len(JSON_ROUTES)
     assert check_status(answers[0])["limiter"]["granted_bytes"] == MIB
+
+
+async def test_a_component_may_be_named_while_a_thread_asks(monkeypatch):
+    limiter = testing.limiter("64MiB")
+    api = MemoryAPI(limiter)
+    join = MemoryLimiter._join
+
+    def join_asked_meanwhile(self: MemoryLimiter, component: Component) -> None:
+        limiter.statistics()
+        join(self, component)
+
+    monkeypatch.setattr(MemoryLimiter, "_join", join_asked_meanwhile)
+    limiter.component("one")
+    limiter.add(Component("two"))
+    assert set(check_status(await get(api, "/memory/status"))["components"]) == {
+        "root",
+        "one",
+        "two",
+    }
 
 
 async def test_without_a_limiter_it_shows_the_one_of_the_process():
@@ -279,10 +303,12 @@ async def test_grants_are_paged_largest_and_oldest_first():
             "'skip' is not known here; use held_skip, held_limit, waiting_skip, waiting_limit",
         ),
         ("&".join(f"a{number}=" for number in range(17)), "more than 16 values"),
-        ("a" * 50, f"'{'a' * 40}...' is not known here; use held_skip, held_limit, waiting_skip, "
-         "waiting_limit"),
+        (
+            "a" * 50,
+            f"'{'a' * 40}...' is not known here; use {', '.join(PAGE_NAMES)}",
+        ),
     ],
-)  # fmt: skip
+)
 async def test_a_page_that_makes_no_sense_is_refused(query, reason):
     answer = await get(MemoryAPI(testing.limiter()), f"/memory/grants?{query}")
     assert (answer.status_code, answer.json()) == (400, {"error": reason})
@@ -626,8 +652,9 @@ async def test_the_dashboard_is_found_without_its_slash():
 
 
 @pytest.mark.parametrize(
-    "name", ["../index.html", "../../app.py", "/etc/passwd", "", "index.html", "./style.css", "app.py"]
-)  # fmt: skip
+    "name",
+    ["../index.html", "../../app.py", "/etc/passwd", "", "index.html", "./style.css", "app.py"],
+)
 async def test_nothing_else_is_served(name):
     reader = Reader()
     scope = http_scope(f"/memory/assets/{name}")
@@ -705,6 +732,23 @@ async def test_root_path_may_be_in_the_path_or_not(root_path, path, status):
     reader = Reader()
     scope = http_scope(path, root_path=root_path)
     await MemoryAPI(testing.limiter())(scope, reader.receive, reader.send)
+    assert reader.messages[0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("path", "raw_path", "status"),
+    [
+        ("/memory/schema/", b"/ops/memory/schema", 200),  # Litestar
+        ("/memory/", b"/ops/memory", 307),
+        ("/memory/", b"/ops/memory/", 200),
+        ("/memory/schema/", b"/memory/schema/", 404),
+        ("/memory/schema/", None, 404),
+    ],
+)
+async def test_a_slash_that_the_client_has_not_sent_is_left_out(path, raw_path, status):
+    reader = Reader()
+    more = {} if raw_path is None else {"raw_path": raw_path}
+    await MemoryAPI(testing.limiter())(http_scope(path, **more), reader.receive, reader.send)
     assert reader.messages[0]["status"] == status
 
 
@@ -794,7 +838,7 @@ async def test_the_token_is_compared_in_constant_time(monkeypatch):
         compared.append((given, known))
         return False
 
-    monkeypatch.setattr(access.hmac, "compare_digest", compare)
+    monkeypatch.setattr("membound_async.api.access.hmac.compare_digest", compare)
     api = MemoryAPI(testing.limiter(), token="s3cret")
     for given in ("s3cret", "other"):
         headers = {"authorization": f"Bearer {given}"}
@@ -815,9 +859,14 @@ def test_arguments_of_other_types_are_refused(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"interval_seconds": 0}, {"interval_seconds": 61}, {"interval_seconds": float("nan")},
-                {"max_readers": -1}],
-)  # fmt: skip
+    "options",
+    [
+        {"interval_seconds": 0},
+        {"interval_seconds": 61},
+        {"interval_seconds": float("nan")},
+        {"max_readers": -1},
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         MemoryAPI(testing.limiter(), **options)
@@ -875,7 +924,7 @@ QUERIES = st.binary(max_size=200) | st.lists(
         st.integers().map(str) | st.floats().map(str) | st.text(max_size=9),
     ),
     max_size=5,
-).map(lambda pairs: str(httpx.QueryParams(pairs)).encode())
+).map(lambda pairs: urlencode(pairs).encode())
 HEADERS = st.lists(
     st.tuples(st.sampled_from([b"authorization", b"accept", b"host"]), st.binary(max_size=40)),
     max_size=3,

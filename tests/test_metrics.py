@@ -290,8 +290,13 @@ def granted(limiter: MemoryLimiter, collector: MemoryCollector) -> dict[str, flo
 def test_the_largest_components_have_series_and_keep_them():
     limiter = testing.limiter(100_000)
     collector = MemoryCollector(limiter, max_components=3)
+    assert granted(limiter, collector) == {"root": 0}
     held = [limiter.component(name).grant_nowait(size) for name, size in [("a", 1), ("b", 2)]]
-    assert granted(limiter, collector) == {"a": 1, "b": 2, "root": 0}
+    held[0].release()
+    assert granted(limiter, collector) == {"a": 0, "b": 2, "root": 0}
+    last = MemoryCollector(limiter, max_components=4)
+    assert len(granted(limiter, last)) == 3
+    held[0] = limiter.component("a").grant_nowait(1)
     held += [limiter.component(name).grant_nowait(size) for name, size in [("0", 50), ("c", 9)]]
     assert granted(limiter, collector) == {"a": 1, "b": 2, "root": 0, "(others)": 59}
     assert granted(limiter, MemoryCollector(limiter, max_components=2)) == {
@@ -299,6 +304,7 @@ def test_the_largest_components_have_series_and_keep_them():
         "c": 9,
         "(others)": 3,
     }
+    assert granted(limiter, last) == {"a": 1, "b": 2, "root": 0, "0": 50, "(others)": 9}
     assert granted(limiter, MemoryCollector(limiter, max_components=0)) == {"(others)": 62}
     assert sum(granted(limiter, collector).values()) == limiter.statistics().granted_bytes
     for grant in held:
@@ -322,6 +328,33 @@ def test_the_rest_is_summed():
     assert snapshots._total([a, b]).firm_limit_bytes == 400
     for grant in held:
         grant.release()
+
+
+def test_reclaimers_of_one_name_are_one():
+    one, other = (
+        ReclaimerStatistics(
+            name="cache",
+            runs=runs,
+            failures=0,
+            freed_bytes=10 * runs,
+            reported_bytes=0,
+            last_seconds=0.0,
+            total_seconds=0.5,
+            backed_off_seconds=float(runs),
+        )
+        for runs in (1, 2)
+    )
+    merged = snapshots._by_name((one, other))["cache"]
+    assert (merged.runs, merged.freed_bytes, merged.total_seconds) == (3, 30, 1.0)
+    assert merged.backed_off_seconds == 2.0
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_what_there_is_none_of_has_no_head(accept):
+    with MemoryCollector(testing.limiter(1000)) as collector:
+        text = exposition(collector, accept)[1]
+    assert b"membound_limit_bytes" in text
+    assert b"membound_resource" not in text
 
 
 @pytest.mark.virtual_time
@@ -405,6 +438,15 @@ def test_refusals_are_counted_by_their_error():
         "GrantTooLarge": 1,
         "QuotaExceeded": 2,
     }
+
+
+def test_a_closed_collector_counts_nothing():
+    limiter = testing.limiter(1000)
+    with MemoryCollector(limiter) as collector:
+        pass
+    with pytest.raises(GrantTooLarge):
+        limiter.grant_nowait(2000)
+    assert of(scrape(collector), "refusals_total", error="GrantTooLarge") == 0
 
 
 def test_leaks_and_changed_limits_are_counted():
@@ -520,13 +562,14 @@ def value(found: dict[str, Any], name: str, **attributes: str) -> float:
     return values(found[f"membound.memory.{name}"])[frozenset(labels.items())]
 
 
-def test_opentelemetry_collects_the_numbers_of_the_limiter(busy):
+def test_opentelemetry_collects_the_numbers_of_the_limiter(busy, caplog):
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader], shutdown_on_exit=False)
     with MemoryInstruments(busy, meter_provider=provider):
         with pytest.raises(GrantTooLarge):
             busy.grant_nowait(5000)
         found = collected(reader)
+    assert "hook_failed" not in caplog.text
     assert value(found, "limit") == 1000
     assert value(found, "measured") == 700
     assert value(found, "drift") == 450
@@ -626,6 +669,10 @@ async def test_opentelemetry_has_the_waiting_times():
                 tasks.start_soon(wait_for_grant, limiter, "a", 300)
                 await anyio.sleep(seconds)
         metric = collected(reader)["membound.memory.grant_wait"]
+    async with anyio.create_task_group() as tasks, limiter.grant(500):
+        tasks.start_soon(wait_for_grant, limiter, "a", 300)
+        await anyio.sleep(1)
+    assert collected(reader)["membound.memory.grant_wait"].data.data_points[0].count == 2  # closed
     (point,) = metric.data.data_points
     assert metric.unit == "s"
     assert (point.count, point.sum) == (2, pytest.approx(3.2))

@@ -18,9 +18,11 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 # Each layer imports only from itself and from those below it.
 LAYERS = (
     {"api", "cli"},
-    {"metrics", "testing"},
+    {"integrations", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
+    {"eventlog", "holdings"},
+    {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
     {"resources", "quota", "waiters", "stocks", "rehearsal"},

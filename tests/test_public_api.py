@@ -15,6 +15,7 @@ from membound_async import (
     AccountUsage,
     Component,
     ComponentStatistics,
+    HeldGrant,
     Inbox,
     InboxStatistics,
     LimiterStatistics,
@@ -29,6 +30,7 @@ from membound_async import (
     ReclaimerStatistics,
     ResourceLimits,
     VerifiedBounds,
+    WaitingRequest,
     current_component,
     current_limiter,
     grant,
@@ -63,6 +65,8 @@ async def test_types_of_what_a_program_uses() -> None:
         assert_type(limiter.statistics(), LimiterStatistics)
         assert_type(limiter.statistics().components[0], ComponentStatistics)
         assert_type(limiter.statistics().reclaimers[0], ReclaimerStatistics)
+        assert_type(limiter.held_grants(10), list[HeldGrant])
+        assert_type(limiter.waiting_requests(10), list[WaitingRequest])
         with limiter.add_reclaimer(shrink, priority=1) as reclaimer:
             assert_type(reclaimer, Reclaimer)
         limiter.add_reclaimer(lambda wanted_bytes: wanted_bytes, name="cache").remove()

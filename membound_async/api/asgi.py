@@ -15,10 +15,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 def paths(scope: Scope) -> Iterator[str]:
     """Give what the path below the mount point may be, the likelier one first.
 
-    ASGI has ``root_path`` as the beginning of ``path``; some servers and frameworks leave it
-    out of ``path``, which only then may begin like it by chance.
+    ASGI has ``root_path`` as the beginning of ``path``. Some servers and frameworks leave it out
+    of ``path``, which then may begin like it by chance.
     """
     path: str = scope["path"]
+    if path.endswith("/") and not scope.get("raw_path", b"/").endswith(b"/"):
+        path = path[:-1]  # Litestar appends one, to whatever is asked for below a mount point
     root_path: str = scope.get("root_path", "").rstrip("/")
     if root_path and path.startswith(f"{root_path}/"):
         yield path[len(root_path) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib import import_module
 
 from membound_async.limiter import MemoryLimiter
 from membound_async.metrics.prometheus import MemoryCollector, exposition
@@ -11,7 +12,7 @@ from .answers import Answer, describe_problem
 
 with suppress(ImportError):
     # Now, and not at the first scrape: the event loop would have to wait for it.
-    import prometheus_client.exposition  # noqa: F401
+    import_module("prometheus_client.exposition")
 
 __all__ = ["Scrape"]
 

@@ -15,10 +15,15 @@ from membound_async.statistics import LimiterStatistics
 
 __all__ = ["ComponentUsage", "StatusSnapshot"]
 
-try:
-    VERSION = metadata.version("membound-async")
-except metadata.PackageNotFoundError:
-    VERSION = "(not installed)"
+
+def _version() -> str:
+    try:
+        return metadata.version("membound-async")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+VERSION = _version()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

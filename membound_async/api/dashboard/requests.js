@@ -14,12 +14,17 @@ function withOthers(size, also) {
   return [bytes(size), ...others].join(" + ");
 }
 
-function why(request) {
-  if (request.threshold_bytes === null) {
-    return `its own limit is reached: it waits until ${request.component} gives something back`;
+function why({ component, waits_for, threshold_bytes, missing_bytes }) {
+  switch (waits_for) {
+    case "bytes":
+      return `needs ${bytes(threshold_bytes)} free, ${bytes(missing_bytes)} of it are missing`;
+    case "firm limit":
+      return `over the firm limit with it: waits until ${component} gives something back`;
+    case "turn":
+      return "there is room; it waits for its turn";
+    default:
+      return `lacks ${plural(missing_bytes, "unit", "units")} of ${waits_for}`;
   }
-  const needs = `needs ${bytes(request.threshold_bytes)} free`;
-  return request.missing_bytes > 0 ? `${needs}, ${bytes(request.missing_bytes)} are missing` : needs;
 }
 
 function item(component, sender, amount, since, note) {
@@ -46,7 +51,7 @@ export function waiterItem(request) {
 
 export function holderItem(grant) {
   const amount = withOthers(grant.size_bytes, grant.also);
-  const note = grant.alone ? "holds the pool alone" : "";
+  const note = grant.is_alone ? "holds the pool alone" : "";
   return item(grant.component, grant.sender, amount, `for ${seconds(grant.age_seconds)}`, note);
 }
 

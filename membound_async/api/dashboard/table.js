@@ -28,11 +28,12 @@ function fullWidth(component) {
   return Math.max(component.firm_limit_bytes ?? effectiveLimitBytes, held(component), 1);
 }
 
-// Sets the five lengths that the style sheet paints a bar from.
+// Sets the five lengths that the style sheet paints a bar from; what there is none of lies
+// outside of it.
 export function drawBar(bar, component, width = fullWidth(component)) {
   const of = (count) => Math.min(1, count / width).toFixed(4);
   const lengths = {
-    "--minimum-at": of(component.minimum_bytes),
+    "--minimum-at": component.minimum_bytes ? of(component.minimum_bytes) : "-1",
     "--granted-to": of(component.granted_bytes),
     "--flight-to": of(component.granted_bytes + component.in_flight_bytes),
     "--live-to": of(component.live_bytes),

@@ -158,13 +158,24 @@ class Quota(Pool):
         ]
         return next((each for each in missing if each > 0), max(missing, default=0))
 
-    def waits_for(self, request: Request) -> str:
-        """Say what a request that waits lacks: a resource, ``"firm limit"``, or its ``"turn"``."""
+    def waits_for(self, request: Request) -> tuple[str, int]:
+        """Say what a request that waits lacks, and how much of it.
+
+        A resource, its component's ``"firm limit"``, or, if there is enough, its ``"turn"``.
+        """
         lacks = self._lacks(request)
         if lacks is None:
-            return "turn"
-        _, pool = lacks
-        return "firm limit" if pool is None else pool.resource
+            return "turn", 0
+        stock, pool = lacks
+        amount = self._amount(request, stock)
+        if pool is not None:
+            missing = self._threshold(request, stock, amount, pool) - pool.free
+            return (pool.resource, missing) if missing > 0 else ("turn", 0)
+        left = stock.firm_limit - stock.in_flight
+        if request.sender is None:
+            return "firm limit", stock.granted + amount - left
+        needed = -(-self._inner(request, stock, amount) // self._unit)
+        return "firm limit", max(0, needed + max(stock.granted, stock.reserved) - left)
 
     def refusal(self, request: Request) -> GrantTooLarge | None:
         """Say why a request could not even be met by an idle limiter; None if it could."""

@@ -318,7 +318,7 @@ def test_says_who_waits_for_what_and_since_when(service, open_page):
     waiters = page.locator("#waiters li")
     expect(waiters).to_have_count(2)
     expect(waiters.nth(0)).to_contain_text(
-        "a grant; over the firm limit with it: waits until decode gives something back"
+        "a grant; 8.0 MiB over the firm limit with it: waits until decode gives something back"
     )
     # 2 * 250 + 200 of 900 - 100 - 240, as nothing is measured that was not granted
     expect(waiters.nth(1)).to_contain_text("needs 700.0 MiB free, 140.0 MiB of it are missing")

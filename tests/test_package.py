@@ -26,6 +26,7 @@ LAYERS = (
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
     {"ledger", "resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"advice"},
     {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
@@ -33,6 +34,7 @@ LAYERS = (
     {"sizes"},
 )
 PURE = {
+    "advice",
     "deadlocks",
     "ledger",
     "quota",
@@ -164,4 +166,4 @@ def test_a_layer_imports_only_from_layers_below(name):
 def test_the_decision_core_knows_no_clock_and_no_event_loop(name):
     own, others = imports_of(PACKAGE / f"{name}.py")
     assert not others & {"anyio", "asyncio", "os", "psutil", "structlog", "threading", "time"}
-    assert own <= PURE | {"fastpath", "rehearsal"}
+    assert own <= PURE | {"fastpath", "rehearsal", "statistics"}

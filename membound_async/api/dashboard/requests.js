@@ -14,16 +14,16 @@ function withOthers(size, also) {
   return [bytes(size), ...others].join(" + ");
 }
 
-function why({ component, waits_for, threshold_bytes, missing_bytes }) {
+function why({ component, waits_for, threshold_bytes, missing }) {
   switch (waits_for) {
     case "bytes":
-      return `needs ${bytes(threshold_bytes)} free, ${bytes(missing_bytes)} of it are missing`;
+      return `needs ${bytes(threshold_bytes)} free, ${bytes(missing)} of it are missing`;
     case "firm limit":
-      return `over the firm limit with it: waits until ${component} gives something back`;
+      return `${bytes(missing)} over the firm limit with it: waits until ${component} gives something back`;
     case "turn":
       return "there is room; it waits for its turn";
     default:
-      return `lacks ${plural(missing_bytes, "unit", "units")} of ${waits_for}`;
+      return `lacks ${plural(missing, "unit", "units")} of ${waits_for}`;
   }
 }
 

@@ -199,7 +199,7 @@ def test_top_shows_a_service_and_sorts(terminal: Terminal, service: Callable[...
     shown = terminal.wait_for("^COMPONENT")
     assert len(shown) == 24
     assert max(map(len, shown)) <= 80
-    assert re.fullmatch(rf"{address}, process \d+  for \d+ s, limit 1\.0 GiB   ok *", shown[0])
+    assert re.fullmatch(rf"{address}, process \d+  for \d+ m?s, limit 1\.0 GiB   ok *", shown[0])
     assert re.match(r"memory    [█░]+  \d+\.\d MiB of 870\.4 MiB \(\d+ %\), peak ", shown[1])
     assert re.match(r"granted   165\.8 MiB in 43 grants, free \d+\.\d MiB, drift ", shown[2])
     assert shown[3] == "waiting   nobody"
@@ -351,7 +351,7 @@ def test_progress_is_below_what_the_program_prints(terminal: Terminal, tmp_path:
     shown = terminal.wait_for("^of a child 8")
     rule = next(place for place, line in enumerate(shown) if line.startswith("───"))
     assert len(shown[rule]) == 80
-    assert re.match(r"app\.py  for \d+ s, limit 1\.0 GiB   ok", shown[rule + 1])
+    assert re.match(r"app\.py  for \d+ m?s, limit 1\.0 GiB   ok", shown[rule + 1])
     assert re.match(r"decode +20\.0 MiB +20\.0 MiB", shown[-1])
     assert is_orderly(shown), shown
     terminal.resize(120, 40)

@@ -8,6 +8,8 @@ tells that clock's time, which starts at 0 there.
 
 from __future__ import annotations
 
+import gc
+import linecache
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -40,6 +42,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave out of all garbage collections to come what stays until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
         return
@@ -67,6 +75,18 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
         case _:
             clock = trio.testing.MockClock(autojump_threshold=0)
             return "trio", {"clock": clock} if virtual else {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources_stay_as_they_are() -> Iterator[None]:
+    """Have nobody look on the disk whether a source has changed since it was read.
+
+    In asyncio's debug mode that would be done for each file on the stack, whenever a task or a
+    future is made: more work than all the tests on that loop.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linecache, "checkcache", lambda filename=None: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

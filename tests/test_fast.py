@@ -33,6 +33,7 @@ from membound_async import (
     LimiterSettings,
     MemoryGrant,
     MemoryLimiter,
+    PressurePolicy,
     QuotaExceeded,
     fastpath,
     grant,
@@ -43,8 +44,12 @@ from membound_async.waiters import Kind, Request
 
 extension_only = pytest.mark.skipif(not fastpath.EXTENSION, reason="the extension is not built")
 
-# Nothing but the operations decides what happens: no yield and no reading in between.
-UNTIMED = LimiterSettings(yield_after_seconds=1e6)
+# Nothing but the operations decides what happens: no yield, no reading and no look
+# for a deadlock in between, however long it takes.
+UNTIMED = LimiterSettings(
+    yield_after_seconds=1e6,
+    pressure=PressurePolicy(min_interval_seconds=1e6, max_interval_seconds=1e6),
+)
 
 
 # --- the same operations, with the extension and without ------------------------------------
@@ -819,6 +824,7 @@ def test_cycles_through_all_of_it_are_collected() -> None:
 if __name__ == "__main__":
     first, count = map(int, sys.argv[1:])
     gc.disable()
+    gc.freeze()  # what was imported is garbage in none of the many collections
     found: dict[str, Any] = {"extension": fastpath.EXTENSION}
     for number in range(first, first + count):
         found[str(number)] = asyncio.run(_play(number))

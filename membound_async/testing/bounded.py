@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -13,14 +13,15 @@ from weakref import WeakSet
 
 import anyio
 
-from .. import allocator
-from ..eventloop import EventLoop, Handle, running_loop
-from ..grant import MemoryGrant
-from ..holdings import held_grants
-from ..hooks import Event, GrantLeaked
-from ..limiter import MemoryLimiter
-from ..sizes import parse_size
-from ..statistics import ComponentStatistics, HeldGrant, WaitingRequest
+from membound_async import allocator
+from membound_async.eventloop import EventLoop, Handle, running_loop
+from membound_async.grant import MemoryGrant
+from membound_async.holdings import held_grants
+from membound_async.hooks import Event, GrantLeaked
+from membound_async.limiter import MemoryLimiter
+from membound_async.sizes import parse_size
+from membound_async.statistics import ComponentStatistics, HeldGrant, WaitingRequest
+
 from .clock import Backend, virtual_time
 from .limiters import limiter as limiter_for_tests
 from .memory import FakeMemory, MemoryUsage, Tracked
@@ -93,7 +94,7 @@ async def watch_bounded(
     *,
     timeout: float = 60.0,
     max_beyond_grants: int | str | None = None,
-) -> AsyncIterator[Watch]:
+) -> AsyncGenerator[Watch, None]:
     """Watch what an ``async with`` block does with a limiter; fail at its end if it is not bounded.
 
     ::

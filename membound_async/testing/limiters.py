@@ -5,9 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from ..limiter import MemoryLimiter
-from ..pressure import PressurePolicy
-from ..settings import LimiterSettings
+from membound_async.limiter import MemoryLimiter
+from membound_async.pressure import PressurePolicy
+from membound_async.settings import LimiterSettings
+
 from .memory import FakeMemory
 from .probe import ScriptedProbe
 

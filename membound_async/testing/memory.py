@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .. import allocator
-from ..bounds import ROOT
-from ..context import current_component
-from ..eventloop import running_loop
-from ..sizes import parse_size
-from ..stocks import NO_LIMIT
+from membound_async import allocator
+from membound_async.bounds import ROOT
+from membound_async.context import current_component
+from membound_async.eventloop import running_loop
+from membound_async.sizes import parse_size
+from membound_async.stocks import NO_LIMIT
 
 if TYPE_CHECKING:
-    from ..allocator import AllocationGroup
-    from ..component import Component
-    from ..limiter import MemoryLimiter
-    from ..stocks import Account
+    from membound_async.allocator import AllocationGroup
+    from membound_async.component import Component
+    from membound_async.limiter import MemoryLimiter
+    from membound_async.stocks import Account
 
 __all__ = ["Allocation", "ComponentUsage", "FakeMemory", "MemoryUsage", "Tracked"]
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from ..hooks import GrantLeaked
-from ..sizes import human_size
-from ..statistics import HeldGrant, WaitingRequest
+from membound_async.hooks import GrantLeaked
+from membound_async.sizes import human_size
+from membound_async.statistics import HeldGrant, WaitingRequest
+
 from .memory import MemoryUsage
 
 __all__ = ["BoundedReport", "ComponentReport", "NotBounded"]
@@ -77,7 +78,8 @@ class BoundedReport:
         if self.exceeded is not None:
             found.append(
                 f"{human_size(self.peak.in_use_bytes)} in use after {self.peak.at_seconds:.2f} s, "
-                f"{human_size(over)} too much; above the limit since {self.exceeded.at_seconds:.2f} s"
+                f"{human_size(over)} too much; above the limit since "
+                f"{self.exceeded.at_seconds:.2f} s"
             )
         if max_beyond_grants_bytes is not None:
             found += [

@@ -89,7 +89,8 @@ class BoundedReport:
                 if one.beyond_grants_bytes > max_beyond_grants_bytes
             ]
         if not self.finished:
-            waiting = f"{len(self.waiting)} requests wait for memory"
+            count = len(self.waiting)
+            waiting = f"{count} request{'s wait' if count > 1 else ' waits'} for memory"
             others = "it waits, but not for memory, or takes longer than timeout="
             found.append(
                 f"not finished after {self.seconds:.2f} s: {waiting if self.waiting else others}"
@@ -150,6 +151,8 @@ class BoundedReport:
                     f"  {one.component!r} has waited {one.waited_seconds:.2f} s for "
                     f"{human_size(one.wanted_bytes)} and lacks {_lack(one)}"
                 )
+            if len(self.waiting) > NAMED:
+                yield f"  and {len(self.waiting) - NAMED} more"
             if self.held:
                 yield f"  held by {_named(map(_held, self.held), len(self.held))}"
         waited, delayed = self.waited_seconds, self.delayed_seconds
@@ -186,11 +189,15 @@ def _held(grant: HeldGrant) -> str:
 
 
 def _lack(request: WaitingRequest) -> str:
-    if request.waits_for == "bytes":
-        return human_size(request.missing_bytes)
-    if request.waits_for in ("turn", "firm limit"):
-        return f"room below its {request.waits_for}" if request.missing_bytes else "its turn"
-    return f"{request.missing_bytes} {request.waits_for}"
+    match request.waits_for:
+        case "bytes":
+            return human_size(request.missing_bytes)
+        case "turn":
+            return "only its turn"
+        case "firm limit":
+            return "room below its firm limit"
+        case resource:
+            return f"{request.missing_bytes} {resource}"
 
 
 def _named(words: Iterable[str], count: int) -> str:

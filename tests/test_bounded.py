@@ -109,11 +109,11 @@ class TestBounded:
 
     def test_a_function_that_is_not_async_is_refused(self, backend):
         with pytest.raises(TypeError, match="is no async function: it gave 3"):
-            assert_bounded(lambda: 3, limit="10MiB", backend=backend)
+            assert_bounded(lambda: 3, limit="10MiB", backend=backend)  # type: ignore[arg-type,return-value]
 
     def test_a_backend_that_there_is_not_is_refused(self):
         with pytest.raises(ValueError, match="curio"):
-            assert_bounded(hold, MIB, limit="10MiB", backend="curio")
+            assert_bounded(hold, MIB, limit="10MiB", backend="curio")  # type: ignore[arg-type]
 
     def test_a_pipeline_that_asks_for_nothing_shows_nothing(self, backend):
         failure = failure_of(anyio.sleep, 1, limit="64MiB", backend=backend)

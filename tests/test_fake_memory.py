@@ -113,8 +113,8 @@ class TestWhatOthersUse:
             await anyio.sleep(5)
             return memory.read()
 
-        for backend, leaked in (("asyncio", 50), ("trio", 100)):
-            name, options = testing.virtual_time(backend)
+        loops = (testing.virtual_time("asyncio"), 50), (testing.virtual_time("trio"), 100)
+        for (name, options), leaked in loops:
             assert anyio.run(wait, backend=name, backend_options=options) == leaked
             assert memory.read() == leaked  # outside of any loop time stands still
 

@@ -14,7 +14,7 @@ def project(pytester):
 
 def run(project, program: str, *arguments: str, **outcomes: int) -> pytest.RunResult:
     project.makepyfile(program)
-    ended = project.runpytest("--strict-markers", "-v", *arguments)
+    ended: pytest.RunResult = project.runpytest("--strict-markers", "-v", *arguments)
     ended.assert_outcomes(**outcomes)
     return ended
 

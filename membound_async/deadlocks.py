@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .quota import Account
+from .stocks import Account
 from .waiters import Request
 
 __all__ = ["waiting_holders"]

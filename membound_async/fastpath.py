@@ -24,7 +24,7 @@ from .sizes import MAX_BYTES, parse_size
 if TYPE_CHECKING:
     from .component import Component
     from .grant import MemoryGrant, Options
-    from .quota import Ledger
+    from .ledger import Ledger
     from .stocks import Account
     from .waiters import Queue
 
@@ -108,7 +108,7 @@ class WaitersState:
 
 
 class LedgerState:
-    """What is free, and the share of it that one account may have; see ``quota.Ledger``."""
+    """What is free, and the share of it that one account may have; see ``ledger.Ledger``."""
 
     free: int
     moved: int

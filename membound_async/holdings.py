@@ -13,7 +13,7 @@ from .waiters import Request
 
 if TYPE_CHECKING:
     from .grant import MemoryGrant
-    from .quota import Ledger
+    from .ledger import Ledger
 
 __all__ = ["held_grants", "waiting_requests"]
 
@@ -64,15 +64,16 @@ def _arrival(request: Request) -> int:
 
 
 def _describe_request(ledger: Ledger, request: Request, now: float) -> WaitingRequest:
+    waits_for, missing = ledger.waits_for(request)
     return WaitingRequest(
         component=request.account.name,
         sender=None if request.sender is None else str(request.sender.name),
         kind="transfer" if request.source is not None else request.kind.value,
         wanted_bytes=request.nbytes,
         also=dict(request.also),
-        waits_for=ledger.waits_for(request),
+        waits_for=waits_for,
         threshold_bytes=ledger.threshold(request),
-        missing_bytes=max(0, ledger.missing(request)),
+        missing=missing,
         waited_seconds=max(0.0, now - request.asked_at),
         bypassed_bytes=ledger.waiters.bypassed_by(request),
         is_barrier=request.barrier,

@@ -51,10 +51,10 @@ from .hooks import (
     Hooks,
     LimitChanged,
 )
+from .ledger import Ledger
 from .limits import MemoryLimit, resolve
 from .live import LiveBytes
 from .probes import MemoryProbe, read_pressure
-from .quota import Ledger
 from .reclaim import Reclaim, Reclaimer, ReclaimFunction
 from .registry import ComponentRegistry
 from .rehearsal import Rehearsal
@@ -448,8 +448,8 @@ class MemoryLimiter(LimiterState):
             raise LimitError(f"{component!r} belongs to another limiter; make a new one")
         if component._limiter is None:
             declared = self.registry.register(component.path, component)
-            self._components.setdefault(component.path, component)
             self._join(component)
+            self._components.setdefault(component.path, component)
             for node in declared.walk():
                 self._declare(self.component(node.path))
         return component
@@ -683,8 +683,8 @@ class MemoryLimiter(LimiterState):
         self.registry.component(path)
         component = Component.__new__(Component)
         component.path = path
-        self._components[path] = component
         self._join(component)
+        self._components[path] = component  # last: a thread may ask for statistics meanwhile
         return component
 
     def _join(self, component: Component) -> None:

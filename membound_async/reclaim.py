@@ -51,7 +51,7 @@ from .statistics import ReclaimerStatistics
 
 if TYPE_CHECKING:
     from .limiter import MemoryLimiter
-    from .quota import Account
+    from .stocks import Account
 
 __all__ = ["Reclaimer"]
 

@@ -48,7 +48,8 @@ class RegistryNode:
 
     def bounds(self) -> ComponentBounds:
         """Give what it and everything in it declare, as it is now."""
-        below = tuple(child.bounds() for child in self.children.values())
+        # A list first, which is made at once: another thread may be naming a component.
+        below = tuple(child.bounds() for child in [*self.children.values()])
         return ComponentBounds(self.path, self.own.minimum, self.own.firm, below)
 
     def walk(self) -> Iterator[RegistryNode]:

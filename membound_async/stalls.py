@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .hooks import Event, Stalled, StallEnded
 
 if TYPE_CHECKING:
-    from .quota import Ledger
+    from .ledger import Ledger
     from .stocks import Account
 
 __all__ = ["REPORTED", "StallWatch", "describe_stall"]

@@ -199,8 +199,8 @@ class WaitingRequest:
     waits_for: str
     #: how many bytes must be free for it; None if it needs none of what is free
     threshold_bytes: int | None
-    #: how much less there is of what it lacks
-    missing_bytes: int
+    #: how much more of that there must be for it
+    missing: int
     waited_seconds: float
     #: what was granted to others meanwhile
     bypassed_bytes: int

@@ -16,13 +16,16 @@ from .exceptions import FirmLimitExceedsAvailable, InsufficientMinimumMemory, In
 from .sizes import format_size, human_size
 
 __all__ = [
+    "BoundsReport",
     "BoundsVerifier",
     "DeclaredBounds",
     "DeclaredComponent",
     "EffectiveLimit",
+    "Row",
     "VerifiedBounds",
     "effective_limit_bytes",
     "render",
+    "report_of",
     "smallest_limit_bytes",
 ]
 
@@ -265,17 +268,18 @@ class BoundsVerifier:
 
 
 @dataclass(slots=True)
-class _Row:
+class Row:
     """A line of the report; those below it add up to it."""
 
     label: str
     minimum_bytes: int
     firm_limit_bytes: int
     mark: str = ""
-    below: list[_Row] = field(default_factory=list["_Row"])
+    is_component: bool = False
+    below: list[Row] = field(default_factory=list["Row"])
     is_shown: bool = False
 
-    def __lt__(self, other: _Row) -> bool:
+    def __lt__(self, other: Row) -> bool:
         """Largest first."""
         return (self.firm_limit_bytes, self.minimum_bytes) > (
             other.firm_limit_bytes,
@@ -287,6 +291,77 @@ _NUMBER_WIDTH = len("-1023.9 KiB")
 _NARROWEST_LABEL = 20
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _INSIDE_NUMBER = re.compile(r"(?<=\d) (?=\d|[KMGT]?i?B)")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundsReport:
+    """A tree of bounds, ready to be printed.
+
+    Attributes:
+        body: each line and how deep it is in the tree, the largest first.
+        foot: what is available, and what is left of that.
+        notes: what is to be said besides.
+    """
+
+    body: list[tuple[int, Row]]
+    foot: list[Row]
+    notes: list[str]
+
+    def to_text(self, width: int) -> str:
+        """Give it in lines of plain text for a terminal that is so wide."""
+        body, foot = self.body, self.foot
+        widest = max(2 * depth + len(row.label) for depth, row in body)
+        room = min(width - 2 * (_NUMBER_WIDTH + 2) - len("*"), widest)
+        room = max(room, _NARROWEST_LABEL)
+        rule = "-" * (room + 2 * (_NUMBER_WIDTH + 2))
+        text = [_columns("component", "minimum", "firm limit", room), rule]
+        for depth, row in body:
+            text += _table_lines(row, depth, room, nothing="-")
+        if foot:
+            text.append(rule)
+            for row in foot:
+                text += _table_lines(row, 0, room, nothing="0 B")
+        for note in self.notes:
+            text += wrap(note, max(width, _NARROWEST_LABEL), subsequent_indent="  ")
+        return "\n".join(text)
+
+
+def report_of(
+    bounds: ComponentBounds,
+    *,
+    effective_bytes: int | None,
+    baseline_bytes: int,
+    overcommit: float,
+    rows: int = 40,
+) -> BoundsReport:
+    """Give what ``render`` prints; the arguments are the same."""
+    top = _component_row(bounds, bounds.path)
+    _mark_largest(top, rows)
+    body = list(_lines(top, 0))
+    foot: list[Row] = []
+    notes: list[str] = []
+    if effective_bytes is not None:
+        available = effective_bytes - baseline_bytes
+        allowed = math.floor(available * Fraction(str(overcommit)))
+        foot = [
+            Row("available", available, allowed),
+            Row(
+                "left",
+                available - bounds.total_minimum_bytes,
+                allowed - bounds.total_firm_limit_bytes,
+            ),
+        ]
+        notes = [
+            f"available: effective limit {human_size(effective_bytes)}"
+            + (f", less baseline {human_size(baseline_bytes)}" if baseline_bytes else "")
+            + (f"; firm limits x {overcommit:g}" if overcommit != 1 else "")
+        ]
+    if any(row.mark for _, row in body):
+        notes.append("* no firm limit of its own: bounded by the quota, counted with its minimum")
+    silent = sum(not (sub.subcomponents or sub.is_declared) for sub in bounds.walk())
+    if silent:
+        notes.append(f"{silent} component{'s say' if silent > 1 else ' says'} nothing about bounds")
+    return BoundsReport(body, foot, notes)
 
 
 def render(
@@ -311,59 +386,27 @@ def render(
         width: columns of the terminal.
         rows: how many components and items to show, the largest; the rest is summed up.
     """
-    top = _component_row(bounds, bounds.path)
-    _mark_largest(top, rows)
-    body = list(_lines(top, 0))
-    foot: list[_Row] = []
-    notes: list[str] = []
-    if effective_bytes is not None:
-        available = effective_bytes - baseline_bytes
-        allowed = math.floor(available * Fraction(str(overcommit)))
-        foot = [
-            _Row("available", available, allowed),
-            _Row(
-                "left",
-                available - bounds.total_minimum_bytes,
-                allowed - bounds.total_firm_limit_bytes,
-            ),
-        ]
-        notes = [
-            f"available: effective limit {human_size(effective_bytes)}"
-            + (f", less baseline {human_size(baseline_bytes)}" if baseline_bytes else "")
-            + (f"; firm limits x {overcommit:g}" if overcommit != 1 else "")
-        ]
-    widest = max(2 * depth + len(row.label) for depth, row in body)
-    room = min(width - 2 * (_NUMBER_WIDTH + 2) - len("*"), widest)
-    room = max(room, _NARROWEST_LABEL)
-    rule = "-" * (room + 2 * (_NUMBER_WIDTH + 2))
-    text = [_columns("component", "minimum", "firm limit", room), rule]
-    for depth, row in body:
-        text += _table_lines(row, depth, room, nothing="-")
-    if foot:
-        text.append(rule)
-        for row in foot:
-            text += _table_lines(row, 0, room, nothing="0 B")
-    if any(row.mark for _, row in body):
-        notes.append("* no firm limit of its own: bounded by the quota, counted with its minimum")
-    silent = sum(not (sub.subcomponents or sub.is_declared) for sub in bounds.walk())
-    if silent:
-        notes.append(f"{silent} component{'s say' if silent > 1 else ' says'} nothing about bounds")
-    for note in notes:
-        text += wrap(note, max(width, _NARROWEST_LABEL), subsequent_indent="  ")
-    return "\n".join(text)
+    report = report_of(
+        bounds,
+        effective_bytes=effective_bytes,
+        baseline_bytes=baseline_bytes,
+        overcommit=overcommit,
+        rows=rows,
+    )
+    return report.to_text(width)
 
 
-def _component_row(bounds: ComponentBounds, label: str) -> _Row:
+def _component_row(bounds: ComponentBounds, label: str) -> Row:
     """Give a component with its items and the components in it as rows."""
-    row = _Row(label, bounds.total_minimum_bytes, bounds.total_firm_limit_bytes)
+    row = Row(label, bounds.total_minimum_bytes, bounds.total_firm_limit_bytes, is_component=True)
     if bounds.minimum is not None and bounds.firm is None:
         row.mark = "*"
-    own = _Row("(itself)", 0, 0)
+    own = Row("(itself)", 0, 0)
     for section, is_minimum in ((bounds.minimum, True), (bounds.firm, False)):
         for item in _items(section):
             size = item.evaluate()
             if item.name or item.children:
-                row.below.append(_Row(str(item), size if is_minimum else 0, size))
+                row.below.append(Row(str(item), size if is_minimum else 0, size))
             else:
                 own.minimum_bytes += size if is_minimum else 0
                 own.firm_limit_bytes += size
@@ -376,7 +419,7 @@ def _component_row(bounds: ComponentBounds, label: str) -> _Row:
     return row
 
 
-def _sub_row(bounds: ComponentBounds) -> _Row:
+def _sub_row(bounds: ComponentBounds) -> Row:
     """Give a sub-component as a row, one for a chain such as ``a.b.c`` with nothing beside it."""
     label = bounds.path.rpartition(".")[2]
     while not bounds.is_declared and len(bounds.subcomponents) == 1:
@@ -391,7 +434,7 @@ def _items(section: UsageExpr | None) -> tuple[UsageExpr, ...]:
     return section.children if section.kind == "sum" and not section.name else (section,)
 
 
-def _mark_largest(top: _Row, rows: int) -> None:
+def _mark_largest(top: Row, rows: int) -> None:
     """Mark as many rows to be shown. No row is larger than the one above it, so they connect."""
     largest = [top]
     for _ in range(max(rows, 1)):
@@ -403,14 +446,14 @@ def _mark_largest(top: _Row, rows: int) -> None:
             heapq.heappush(largest, below)
 
 
-def _lines(row: _Row, depth: int) -> Iterator[tuple[int, _Row]]:
+def _lines(row: Row, depth: int) -> Iterator[tuple[int, Row]]:
     yield depth, row
     hidden = [below for below in row.below if not below.is_shown]
     for below in row.below:
         if below.is_shown:
             yield from _lines(below, depth + 1)
     if hidden:
-        rest = _Row(
+        rest = Row(
             f"... {len(hidden):,} more".replace(",", " "),
             sum(below.minimum_bytes for below in hidden),
             sum(below.firm_limit_bytes for below in hidden),
@@ -418,7 +461,7 @@ def _lines(row: _Row, depth: int) -> Iterator[tuple[int, _Row]]:
         yield depth + 1, rest
 
 
-def _table_lines(row: _Row, depth: int, room: int, *, nothing: str) -> Iterator[str]:
+def _table_lines(row: Row, depth: int, room: int, *, nothing: str) -> Iterator[str]:
     # Deep trees stop moving to the right when half of the room is used up.
     indent = " " * min(2 * depth, room // 2)
     label, *rest = (

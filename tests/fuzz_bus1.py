@@ -17,7 +17,7 @@ from fractions import Fraction
 from random import Random
 
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
-from membound_async.quota import NO_LIMIT, Ledger
+from membound_async.ledger import NO_LIMIT, Ledger
 from membound_async.stocks import Pool
 from membound_async.waiters import Kind, Request
 from tests.bus1 import DEFAULTS, RESOURCES, Amounts, Kernel, Receiver, Refused

@@ -35,7 +35,7 @@ from random import Random
 from typing import Any
 
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
-from membound_async.quota import NO_LIMIT, Account, Ledger
+from membound_async.ledger import NO_LIMIT, Account, Ledger
 from membound_async.rules import Polynomial
 from membound_async.stocks import Pool, Stock
 from membound_async.waiters import Kind, Request, State

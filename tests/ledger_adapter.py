@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
-from membound_async.quota import NO_LIMIT, READY, Account, Ledger
+from membound_async.ledger import NO_LIMIT, Account, Ledger
+from membound_async.quota import READY
 from membound_async.waiters import Kind, Ranking, Request, State
 from tests.model import Admission, Live, Outcome, Snapshot, Status
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
-from membound_async.quota import Account, Ledger
+from membound_async.ledger import Account, Ledger
 from membound_async.waiters import Request
 from tests import fuzz_bus1
 from tests.bus1 import DEFAULTS, RESOURCES, Kernel, Receiver, Refused

@@ -25,6 +25,7 @@ import pytest
 
 import membound_async
 from membound_async import MemoryLimiter, PressureStall, testing
+from membound_async.advice import advise
 from membound_async.cli import main
 from membound_async.cli import report as reports
 from membound_async.cli.layout import columns_of, paragraph, table
@@ -866,6 +867,31 @@ def test_the_text_tells_what_observing_would_have_done() -> None:
     assert "kernel" not in text
 
 
+def test_the_text_ends_with_advice_if_there_is_any() -> None:
+    limiter = busy_limiter()
+    (decode,) = (one for one in limiter.statistics().components if one.path == "decode")
+    decode = replace(decode, admissions=100, peak_granted_bytes=5 * MIB, minimum_bytes=0)
+    components = tuple(replace(decode, path=f"part{number:02}") for number in range(12))
+    statistics = replace(limiter.statistics(), components=components, age_seconds=7200.0)
+    shown = report_of(limiter, statistics=statistics).to_text().splitlines()
+    advice = shown[
+        shown.index(
+            "advice    the firm limits add up to 78.0 MiB, but the limit leaves 64.0 MiB:"
+        ) :
+    ]
+    assert advice[:4] == lines(
+        """
+        advice    the firm limits add up to 78.0 MiB, but the limit leaves 64.0 MiB:
+                  together they need overcommit 1.3, or a limit of 80 MiB
+                  part00: granted peak 5.0 MiB of firm 32 MiB in 2 h, never waited: firm
+                  6.5 MiB would do
+        """
+    )
+    assert shown[-1] == "          ... and 2 more"
+    statistics = replace(statistics, age_seconds=59.0)
+    assert "advice" not in report_of(limiter, statistics=statistics).to_text()
+
+
 def test_the_text_names_the_largest_components_only() -> None:
     limiter = testing.limiter("64MiB")
     for number in range(reports.ROWS + 5):
@@ -889,6 +915,7 @@ def test_the_json_has_everything() -> None:
     document = json.loads(text)
     assert "\n" not in text
     assert document.pop("limiter") == json.loads(json.dumps(statistics.to_dict()))
+    assert document.pop("advice") == json.loads(json.dumps(advise(statistics).to_dict()))
     assert document == {
         "membound_version": "1.2.3",
         "program": "app.py",
@@ -1158,7 +1185,7 @@ def test_the_version_is_the_package_s(
     assert membound("--version") == Ended(0, "membound (not installed)\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["top"], ["verify"]])
 def test_the_help_has_examples_and_fits_a_terminal(
     membound: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
@@ -1198,7 +1225,11 @@ def test_running_costs_little_more_than_the_package() -> None:
     )
     own = {name for name in done.stdout.split() if name.startswith("membound_async")}
     assert own == {
+        "membound_async.advice",
         "membound_async.cli",
-        *(f"membound_async.cli.{name}" for name in ("layout", "program", "report", "run")),
+        *(
+            f"membound_async.cli.{name}"
+            for name in ("counsel", "figures", "layout", "program", "report", "run")
+        ),
     }
     assert not {"trio", "uvloop", "difflib", "importlib.metadata"} & set(done.stdout.split())

@@ -27,7 +27,7 @@ from membound_async import (
     testing,
 )
 from membound_async.deadlocks import waiting_holders
-from membound_async.quota import Account, Ledger
+from membound_async.ledger import Account, Ledger
 from membound_async.rules import Polynomial
 from membound_async.testing import ScriptedProbe
 from membound_async.waiters import Kind, Request, State

@@ -9,6 +9,7 @@ Blocks of one page run in their order and share their names. What they may be:
   and ``membound`` are those of the tests. Commands that install something, and those after
   ``<!-- ci:... -->``, which .ci/run follows, are compared with pyproject.toml instead.
 - ``text`` right after one of these: its output. A line ``...`` stands for any lines.
+- ``yaml``: for another program, which the tests of what the page is about have read it.
 
 What prints must show its output. A comment before a block says what is special about it:
 ``<!-- fails -->`` for a command that does, ``<!-- numbers vary -->`` where only the words of
@@ -60,7 +61,7 @@ PACKAGE = Path(membound_async.__file__).parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
-LANGUAGES = {"python", "console", "text"}
+LANGUAGES = {"python", "console", "text", "yaml"}
 DIRECTIVES = {"{toctree}", "{eval-rst}", "{note}", "{warning}"}
 
 

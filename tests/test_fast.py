@@ -38,7 +38,7 @@ from membound_async import (
     grant,
     testing,
 )
-from membound_async.quota import Account, Ledger
+from membound_async.ledger import Account, Ledger
 from membound_async.waiters import Kind, Request
 
 extension_only = pytest.mark.skipif(not fastpath.EXTENSION, reason="the extension is not built")

@@ -96,12 +96,12 @@ async def test_requests_that_wait_the_oldest_first() -> None:
                 one.wanted_bytes,
                 one.waits_for,
                 one.threshold_bytes,
-                one.missing_bytes,
+                one.missing,
                 one.waited_seconds,
             )
             for one in waiting
         ] == [
-            ("a", None, 100, "firm limit", 600, 0, 5),
+            ("a", None, 100, "firm limit", 600, 50, 5),
             ("a", None, 10, "turn", 420, 0, 4),
             ("b", None, 310, "bytes", 620, 20, 3),
             ("b", "x", 200, "bytes", 800, 200, 2),

@@ -17,15 +17,16 @@ THEIR_DEPENDENCIES = ("idna", "sniffio", "typing_extensions")
 
 # Each layer imports only from itself and from those below it.
 LAYERS = (
-    {"pytest_plugin"},
-    {"cli", "testing"},
+    {"api", "cli", "pytest_plugin"},
+    {"integrations", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
     {"eventlog", "holdings"},
     {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
-    {"resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"ledger", "resources", "quota", "waiters", "stocks", "rehearsal"},
+    {"advice"},
     {"bounds", "registry", "verifier", "pressure", "settings", "rules"},
     {"fastpath"},
     {"statistics"},
@@ -33,7 +34,9 @@ LAYERS = (
     {"sizes"},
 )
 PURE = {
+    "advice",
     "deadlocks",
+    "ledger",
     "quota",
     "rules",
     "stocks",
@@ -99,6 +102,11 @@ def test_ships_its_type_information():
     assert files("membound_async.allocator").joinpath("_tracker.pyi").is_file()
 
 
+def test_ships_the_schema_and_the_page_of_the_api():
+    assert files("membound_async.api").joinpath("schema.json").is_file()
+    assert files("membound_async.api").joinpath("dashboard", "index.html").is_file()
+
+
 def test_ships_the_header_of_the_tracker_and_no_source_in_c():
     assert files("membound_async.allocator").joinpath("membound_tracker.h").is_file()
     if "site-packages" in str(PACKAGE):
@@ -158,4 +166,4 @@ def test_a_layer_imports_only_from_layers_below(name):
 def test_the_decision_core_knows_no_clock_and_no_event_loop(name):
     own, others = imports_of(PACKAGE / f"{name}.py")
     assert not others & {"anyio", "asyncio", "os", "psutil", "structlog", "threading", "time"}
-    assert own <= PURE | {"fastpath", "rehearsal"}
+    assert own <= PURE | {"fastpath", "rehearsal", "statistics"}

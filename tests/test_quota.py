@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from membound_async.exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
-from membound_async.quota import NO_LIMIT, Account, Ledger
+from membound_async.ledger import NO_LIMIT, Account, Ledger
 from membound_async.waiters import Kind, Request, State
 from tests.quota_cases import CASES, DESIGN, OURS, Case
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from membound_async.quota import Ledger
+from membound_async.ledger import Ledger
 from membound_async.waiters import Kind, Request, State
 from tests.divisions import World
 from tests.fuzz_resources import Broken, Config, Operation, Watched, fuzz, main, replay

@@ -1,4 +1,4 @@
-"""The command line: ``membound run`` and ``membound verify``.
+"""The command line: ``membound run``, ``membound top`` and ``membound verify``.
 
 What a command needs is imported when it is chosen, so that a program that is run pays
 for nothing else.
@@ -15,6 +15,23 @@ from typing import NoReturn
 __all__ = ["CannotStart", "main"]
 
 REPORTS = ("text", "json", "none")
+SORTS = (
+    "urgency",
+    "component",
+    "granted",
+    "live",
+    "peak",
+    "minimum",
+    "firm",
+    "waiting",
+    "wanted",
+    "oldest",
+    "waited",
+    "refused",
+    "grants",
+)
+"""What the components of `membound top` can be sorted by."""
+
 
 EXAMPLES = """\
 examples:
@@ -23,6 +40,8 @@ examples:
   membound run --limit 512MiB pipeline.py   a limit of your own
   membound run --observe -m shop.worker     limit nothing, report what it would
                                             have done
+  membound run --progress pipeline.py       a live table of what it uses
+  membound top localhost:8000               the same of a running service
   membound verify shop.bounds:registry --limit 512MiB
 
 `membound COMMAND --help` says more.
@@ -46,15 +65,48 @@ examples:
   membound run --limit 512MiB pipeline.py --verbose input.json
   membound run --report json --report-file memory.json -m shop.worker --fast
   membound run --limit 256MiB --uvloop shop.worker:main
+  membound run --serve 8000 --progress pipeline.py
   MEMBOUND_LIMIT=512MiB membound run pipeline.py
 
 The exit code is the program's: 1 after an exception that nobody caught; after
 Ctrl-C it ends by SIGINT, which a shell shows as 130. It is 2 with one line on
-stderr if the limit makes no sense or the program is not found.
+stderr if the limit makes no sense, the program is not found, or the port of
+--serve is in use.
 
 Every setting of a limiter has a variable: MEMBOUND_SHARE, MEMBOUND_OVERCOMMIT,
 MEMBOUND_STALL_AFTER_SECONDS, ...; see the reference of LimiterSettings.
 The limiter serves this process; its child processes are not limited.
+"""
+
+TOP = """\
+Show what a running service uses of its memory, and who waits, as a live table.
+The service has membound_async.api.MemoryAPI mounted, or was started with
+`membound run --serve`.
+
+ADDRESS is one of
+  PORT, :PORT, HOST:PORT             of a server
+  http://HOST:PORT/PREFIX            where the API is mounted
+  http://HOST:PORT/PREFIX/memory/    its page in the browser
+
+keys:
+  q quits; a shows advice instead of the table; the arrow keys scroll; u sorts
+  by urgency, n by component, and the others by the column that the last line
+  names. The same key again turns the order round.
+"""
+
+TOP_NOTES = """\
+examples:
+  membound top 8000
+  membound top http://shop.internal/worker --sort peak
+  membound top 8000 --once --advise
+  membound top 8000 --json --interval 10 >> memory.jsonl
+
+Without a terminal, or without rich (pip install 'membound-async[cli]'), it
+prints a plain table at each interval. NO_COLOR leaves out the colours.
+
+The exit code is 0 after q or --once, 1 if the service is not reached or gives
+no status, 2 if the command line makes no sense, and 130 after Ctrl-C. A live
+view that has seen the service waits for it to come back.
 """
 
 VERIFY = """\
@@ -121,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(arguments)
             return 0
+        if arguments.command == "top":
+            from .top import top
+
+            return top(arguments)
         from .verify import verify
 
         return verify(arguments)
@@ -142,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, title="commands"
     )
     _add_run(commands)
+    _add_top(commands)
     _add_verify(commands)
     return parser
 
@@ -191,6 +248,19 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="write the report there instead of to stderr (MEMBOUND_REPORT_FILE)",
     )
     parser.add_argument(
+        "--progress",
+        action="store_true",
+        help="show what the program uses while it runs: a live table in the last lines of the "
+        "terminal, or a line on stderr now and then",
+    )
+    parser.add_argument(
+        "--serve",
+        metavar="[HOST:]PORT",
+        help="serve the status API and its page beside the program; the host is 127.0.0.1 unless "
+        "it is given, and port 0 is any that is free",
+    )
+    _add_token(parser, "what clients of --serve must send as bearer token")
+    parser.add_argument(
         "--backend",
         choices=("asyncio", "trio"),
         help="event loop for MODULE:FUNC (default: asyncio)",
@@ -198,6 +268,44 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--uvloop", action="store_true", help="run MODULE:FUNC on asyncio with uvloop"
     )
+
+
+def _add_top(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "top",
+        help="show what a running service uses",
+        description=TOP,
+        epilog=TOP_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser)
+    parser.add_argument("url", metavar="ADDRESS", help="of the service")
+    parser.add_argument(
+        "--sort",
+        metavar="COLUMN",
+        choices=SORTS,
+        default="urgency",
+        help=f"the largest of a column first: {', '.join(SORTS[1:])}; or urgency, the default: "
+        "who waits longest, then who has most",
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="how often the service is asked (default: 1)",
+    )
+    parser.add_argument("--once", action="store_true", help="print a plain table and exit")
+    parser.add_argument(
+        "--json", action="store_true", help="print the status as JSON, a line each time"
+    )
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="say what the components had better declare, from what they used so far",
+    )
+    _add_token(parser, "bearer token that the service wants")
 
 
 def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -224,6 +332,14 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="SIZE",
         help="bytes in use before any component starts (default: what this process uses "
         "once MODULE is imported)",
+    )
+
+
+def _add_token(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("MEMBOUND_API_TOKEN", "").strip() or None,
+        help=f"{purpose} (MEMBOUND_API_TOKEN, which other users of the machine cannot see)",
     )
 
 

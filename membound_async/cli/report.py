@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from membound_async.advice import advise
 from membound_async.bounds import ROOT
 from membound_async.sizes import human_size
 from membound_async.statistics import ComponentStatistics, LimiterStatistics
 
+from .counsel import counsel
+from .figures import NOTHING, count, duration, size
 from .layout import paragraph, table
 
 __all__ = ["Ending", "Report", "limit_source", "peak_rss_bytes", "version"]
@@ -86,6 +89,7 @@ class Report:
                 "peak_rss_bytes": self.peak_rss_bytes,
                 "stalled_seconds": self.stalled_seconds,
                 "limiter": self.statistics.to_dict(),
+                "advice": advise(self.statistics).to_dict(),
             }
         )
 
@@ -94,10 +98,11 @@ class Report:
         text = paragraph(f"membound: {self.program} {self._ended()}", columns)
         for label, fact in self._facts():
             text += paragraph(fact, columns, label=f"{label:<10}", indent=10)
-        return "\n".join([*text, *_components(self.statistics, columns)])
+        text += _components(self.statistics, columns)
+        return "\n".join([*text, *counsel(advise(self.statistics), columns)])
 
     def _ended(self) -> str:
-        ending, after = self.ending, f"after {_duration(self.seconds, '0 s')}"
+        ending, after = self.ending, f"after {duration(self.seconds, '0 s')}"
         if ending == _INTERRUPTED:
             return f"was interrupted {after}"
         by = "" if ending.exception is None else f" by {ending.exception}"
@@ -110,26 +115,26 @@ class Report:
         source = limit_source(numbers.limit_source, is_option=self.has_limit_option)
         yield "limit", f"{limit} ({source}), {effective} effective (slop {numbers.slop_factor:g})"
         peak, name = human_size(numbers.peak_measured_bytes), numbers.measured_name
-        yield "peak", f"{peak} {name}, the highest of {_count(numbers.samples)} readings"
+        yield "peak", f"{peak} {name}, the highest of {count(numbers.samples)} readings"
         if self.peak_rss_bytes is not None:
             above = ", above the limit" if self.peak_rss_bytes > numbers.limit_bytes else ""
             yield "", f"{human_size(self.peak_rss_bytes)} resident by the kernel's count{above}"
         yield "baseline", f"{human_size(numbers.baseline_bytes)} before anything was granted"
         if numbers.observe:
-            waits = _count(numbers.would_wait, "0")
-            seconds = _duration(numbers.would_wait_seconds, "0 s")
-            refusals = _count(numbers.would_refuse, "0")
+            waits = count(numbers.would_wait, "0")
+            seconds = duration(numbers.would_wait_seconds, "0 s")
+            refusals = count(numbers.would_refuse, "0")
             would = f"{waits} requests would have waited ({seconds} in all)"
             yield "observed", f"nobody was held up; {would}, {refusals} would have been refused"
         if numbers.probe_failures:
-            yield "failed", f"{_count(numbers.probe_failures)} readings of memory"
+            yield "failed", f"{count(numbers.probe_failures)} readings of memory"
         if numbers.grants:
             granted = human_size(sum(component.granted_bytes for component in numbers.components))
-            yield "leaked", f"{granted} in {_count(numbers.grants)} grants never given back"
+            yield "leaked", f"{granted} in {count(numbers.grants)} grants never given back"
         if numbers.tracking == "displaced":
             yield "tracking", "stopped: a tool that was started earlier has discarded the hooks"
         if self.stalled_seconds:
-            stalled = _duration(self.stalled_seconds)
+            stalled = duration(self.stalled_seconds)
             yield "stalled", f"{stalled} for want of memory, by the kernel's count of all processes"
 
 
@@ -150,26 +155,25 @@ class _Column:
 
 
 _BOUNDS_AND_GRANTS = (
-    _Column("minimum", lambda component: _size(component.minimum_bytes)),
-    _Column("firm limit", lambda component: _size(component.firm_limit_bytes or 0)),
-    _Column("peak", lambda component: _size(component.peak_granted_bytes)),
-    _Column("grants", lambda component: _count(component.admissions)),
+    _Column("minimum", lambda component: size(component.minimum_bytes)),
+    _Column("firm limit", lambda component: size(component.firm_limit_bytes or 0)),
+    _Column("peak", lambda component: size(component.peak_granted_bytes)),
+    _Column("grants", lambda component: count(component.admissions)),
 )
 _ACTED = (
-    _Column("refused", lambda component: _count(component.refusals)),
-    _Column("waited", lambda component: _duration(component.total_wait_seconds)),
-    _Column("delayed", lambda component: _duration(component.total_delay_seconds)),
+    _Column("refused", lambda component: count(component.refusals)),
+    _Column("waited", lambda component: duration(component.total_wait_seconds)),
+    _Column("delayed", lambda component: duration(component.total_delay_seconds)),
 )
 _TRACKED = (
-    _Column("allocated", lambda component: _size(component.peak_live_bytes)),
-    _Column("overdraft", lambda component: _size(component.peak_overdraft_bytes)),
+    _Column("allocated", lambda component: size(component.peak_live_bytes)),
+    _Column("overdraft", lambda component: size(component.peak_overdraft_bytes)),
 )
 _OBSERVED = (
-    _Column("would wait", lambda component: _count(component.would_wait)),
-    _Column("for", lambda component: _duration(component.would_wait_seconds)),
-    _Column("would refuse", lambda component: _count(component.would_refuse)),
+    _Column("would wait", lambda component: count(component.would_wait)),
+    _Column("for", lambda component: duration(component.would_wait_seconds)),
+    _Column("would refuse", lambda component: count(component.would_refuse)),
 )
-_NOTHING = "-"
 
 
 def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
@@ -182,37 +186,18 @@ def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
             numbers.components, key=lambda one: -max(one.peak_granted_bytes, one.peak_live_bytes)
         )
     ]
-    rows = [(component, cells) for component, cells in rows if set(cells) != {_NOTHING}]
+    rows = [(component, cells) for component, cells in rows if set(cells) != {NOTHING}]
     if not any(component.path != ROOT or component.admissions for component, _ in rows):
         return ["No memory was asked for: the program was only measured."]
-    shown = [place for place in range(len(parts)) if any(c[place] != _NOTHING for _, c in rows)]
+    shown = [place for place in range(len(parts)) if any(c[place] != NOTHING for _, c in rows)]
     lines = [
         ("component", [parts[place].title for place in shown]),
         *((component.path, [cells[place] for place in shown]) for component, cells in rows[:ROWS]),
     ]
     text = list(table(lines, columns))
     if len(rows) > ROWS:
-        text.append(f"... and {_count(len(rows) - ROWS)} more")
+        text.append(f"... and {count(len(rows) - ROWS)} more")
     return text
-
-
-# --- numbers for people
-
-
-def _size(nbytes: int) -> str:
-    return human_size(nbytes) if nbytes else _NOTHING
-
-
-def _count(number: int, nothing: str = _NOTHING) -> str:
-    return f"{number:,}".replace(",", " ") if number else nothing
-
-
-def _duration(seconds: float, nothing: str = _NOTHING) -> str:
-    if seconds < 0.0005:
-        return nothing
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:,.1f} s".replace(",", " ")
 
 
 # --- the rest of what is known

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import cast
+from typing import Protocol, cast
 
 from membound_async import allocator
 from membound_async.exceptions import MemboundError
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report_file is not None:
         _check_writable(arguments.report_file)
     name, execute = _choose(arguments)
+    beside = _beside(name, arguments)
     try:
         _track(arguments.track)
         limiter = MemoryLimiter(
@@ -62,18 +63,25 @@ def run(arguments: argparse.Namespace) -> None:
             mode=arguments.mode,
         )
         limiter.install()
-    except MemboundError as error:
+        for one in beside:
+            one.start(limiter)
+    except (MemboundError, CannotStart) as error:
+        _stop(beside)
         raise CannotStart(str(error)) from None
     writer = None
     if arguments.report != "none":
         writer = _Writer(limiter, name, arguments)
         # Python calls it after the program's threads and own exit handlers have ended.
         atexit.register(writer.write)
+    stop = partial(_stop, beside)
+    atexit.register(stop)  # called before the report is written
     try:
         _unwrapping_interrupts(execute, limiter)
     except CannotStart:
         if writer is not None:
             atexit.unregister(writer.write)
+        atexit.unregister(stop)
+        stop()
         limiter.uninstall()
         raise
     except BaseException as error:
@@ -81,6 +89,37 @@ def run(arguments: argparse.Namespace) -> None:
             writer.ending = Ending.of(error)
         _show_from_program_on(error)
         raise
+
+
+class _Beside(Protocol):
+    """What runs in a thread beside the program."""
+
+    def start(self, limiter: MemoryLimiter) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def _beside(program: str, arguments: argparse.Namespace) -> list[_Beside]:
+    """Prepare what is to run beside the program; what cannot be is known before it starts."""
+    chosen: list[_Beside] = []
+    if arguments.serve is not None:
+        from .serve import Server
+
+        chosen.append(Server(arguments.serve, arguments.token))
+    if arguments.progress:
+        from .progress import Progress
+
+        try:
+            chosen.append(Progress(program))
+        except CannotStart:
+            _stop(chosen)
+            raise
+    return chosen
+
+
+def _stop(beside: list[_Beside]) -> None:
+    for one in reversed(beside):
+        one.stop()
 
 
 def _track(wanted: bool | None) -> None:

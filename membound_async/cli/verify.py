@@ -17,12 +17,13 @@ from membound_async.probes import ProcessProbe
 from membound_async.registry import ComponentRegistry
 from membound_async.settings import LimiterSettings
 from membound_async.sizes import format_size, human_size, parse_size
-from membound_async.verifier import BoundsVerifier, render
+from membound_async.verifier import BoundsVerifier, report_of
 
 from . import CannotStart
 from .layout import columns_of, paragraph
 from .program import find_object, from_program_on, is_target, put_first_on_path
 from .report import limit_source
+from .tree import print_tree
 
 __all__ = ["verify"]
 
@@ -75,15 +76,14 @@ def _print_verdict(
         declared, limit.effective_bytes, baseline_bytes, overcommit, slop_factor=limit.slop_factor
     )
     columns = columns_of(sys.stdout)
-    print(
-        render(
-            declared.tree(),
-            effective_bytes=limit.effective_bytes,
-            baseline_bytes=baseline_bytes,
-            overcommit=overcommit,
-            width=columns,
-        )
+    report = report_of(
+        declared.tree(),
+        effective_bytes=limit.effective_bytes,
+        baseline_bytes=baseline_bytes,
+        overcommit=overcommit,
     )
+    if not print_tree(report):
+        print(report.to_text(columns))
     if measured:
         _say(f"baseline: {measured}; see --baseline", columns)
     source = limit_source(limit.source, is_option=arguments.limit is not None)

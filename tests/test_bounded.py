@@ -368,7 +368,7 @@ class TestWatching:
                 await limiter.grant(30 * MIB)
         assert anyio.current_time() == pytest.approx(5)
         (waiting,) = raised.value.report.waiting
-        assert waiting.missing_bytes == 36 * MIB
+        assert waiting.missing == 36 * MIB
         assert raised.value.report.held == ()  # what was held before is somebody else's
         held.release()
 

@@ -69,6 +69,9 @@ class TestWhatIsGranted:
             async with decode.grant("1MiB"):
                 (used,) = memory.usage().components
                 assert (used.in_use_bytes, used.beyond_grants_bytes) == (MIB, 0)
+                with memory.allocate("4MiB"):
+                    (used,) = memory.usage().components
+                    assert (used.in_use_bytes, used.beyond_grants_bytes) == (5 * MIB, 0)
 
     @pytest.mark.parametrize("factor", [-1, float("nan")])
     def test_no_factor_is_negative(self, factor):

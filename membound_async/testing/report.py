@@ -191,13 +191,13 @@ def _held(grant: HeldGrant) -> str:
 def _lack(request: WaitingRequest) -> str:
     match request.waits_for:
         case "bytes":
-            return human_size(request.missing_bytes)
+            return human_size(request.missing)
         case "turn":
             return "only its turn"
         case "firm limit":
             return "room below its firm limit"
         case resource:
-            return f"{request.missing_bytes} {resource}"
+            return f"{request.missing} {resource}"
 
 
 def _named(words: Iterable[str], count: int) -> str:

@@ -69,6 +69,10 @@ class TestBounded:
         (decode,) = report.components
         assert (decode.path, decode.admissions, decode.beyond_grants_bytes) == ("decode", 6, 0)
 
+    def test_all_there_is_may_be_used(self, backend):
+        report = assert_bounded(hold, 10 * MIB, limit="10MiB", share=1, backend=backend)
+        assert (report.peak.in_use_bytes, report.exceeded) == (10 * MIB, None)
+
     def test_takes_what_a_limiter_takes(self, backend):
         settings = LimiterSettings(reclaim=False)
         report = assert_bounded(

@@ -258,7 +258,6 @@ class Watch:
         peak = self._peak
         if peak is None or usage.in_use_bytes > peak.in_use_bytes:
             self._peak = usage
-            self._peak_is_held = False
         elif self._peak_is_held or usage.in_use_bytes < peak.in_use_bytes:
             return
         # A grant is charged before it is held, so at first the newest is not among these.

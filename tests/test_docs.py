@@ -276,6 +276,8 @@ class Reader:
     def shell(self, command: str) -> tuple[str, int]:
         """Run a command; give what it prints, and its exit status."""
         self.note_use(re.findall(r"(\w+)(?:\.py|:\w+)", command))
+        if "pytest" in command:
+            self.note_use(["conftest"])
         environment = {
             **os.environ,
             "PATH": f"{self.commands}{os.pathsep}{os.environ['PATH']}",

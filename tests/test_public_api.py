@@ -37,7 +37,7 @@ from membound_async import (
     grant_nowait,
     testing,
 )
-from membound_async.testing import ScriptedProbe
+from membound_async.testing import BoundedReport, FakeMemory, ScriptedProbe
 
 
 async def shrink(wanted_bytes: int) -> int:
@@ -119,11 +119,18 @@ async def test_types_of_what_a_program_uses() -> None:
             in_flight.transfer_nowait(receiver)
             assert_type(in_flight.share(), MemoryGrant).release()
     assert_type(testing.limiter("64MiB"), MemoryLimiter)
+    async with testing.watch_bounded(testing.limiter("1MiB", probe=FakeMemory())) as watch:
+        assert_type(watch, testing.Watch)
+        async with watch.limiter.grant(1):
+            pass
+    assert_type(watch.report, BoundedReport)
+    assert_type(watch.report.peak, testing.MemoryUsage)
     assert_type(MemoryLimiter.noop(), MemoryLimiter)
 
 
 def test_all_public_names_are_importable_and_documented() -> None:
-    names = membound_async.__all__
-    assert sorted(set(names)) == sorted(names, key=str)
-    for name in names:
-        assert getattr(membound_async, name).__doc__, name
+    for module in (membound_async, testing):
+        names = module.__all__
+        assert sorted(set(names)) == sorted(names, key=str)
+        for name in names:
+            assert getattr(module, name).__doc__, name

@@ -12,7 +12,7 @@ import pytest
 
 from membound_async import testing
 from membound_async.exceptions import GrantTooLarge, InsufficientMinimumMemory, InvalidLimit
-from membound_async.testing import ScriptedProbe, VirtualTimeLoop
+from membound_async.testing import ScriptedProbe, VirtualTimeLoop, virtual_time
 
 HOUR = 3600.0
 MIB = 2**20
@@ -322,3 +322,22 @@ class TestVirtualTimeLoop:
             loop_factory=lambda: VirtualTimeLoop(idle_seconds=idle_seconds)
         ) as runner:
             assert runner.run(main()) is bool(idle_seconds)
+
+
+class TestVirtualTimeForAnyio:
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_by_hand(self, backend):
+        async def main():
+            await anyio.sleep(HOUR)
+            return anyio.current_time()
+
+        name, options = virtual_time(backend)
+        assert name == backend
+        assert anyio.run(main, backend=name, backend_options=options) == HOUR
+
+    def test_asyncio_unless_another_is_named(self):
+        assert virtual_time() == ("asyncio", {"loop_factory": VirtualTimeLoop})
+
+    def test_another_backend_is_refused(self):
+        with pytest.raises(ValueError, match="'curio'"):
+            virtual_time("curio")  # type: ignore[arg-type]

@@ -1,11 +1,4 @@
-"""What your own tests need: a reading, a limiter and a clock that do what the test says.
-
-- `ScriptedProbe` reads the memory that a test wants it to read.
-- `limiter` gives a `MemoryLimiter` whose numbers are round: no slop, no baseline, no
-  delay, no reclaim but by the test's own reclaimers, and a scripted probe.
-- `VirtualTimeLoop` is an asyncio event loop on which nobody waits for a timer; trio has
-  the same in ``trio.testing.MockClock(autojump_threshold=0)``.
-"""
+"""A clock that waits for nobody: virtual time on asyncio, and on trio."""
 
 from __future__ import annotations
 
@@ -14,100 +7,47 @@ import math
 import selectors
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
-from fractions import Fraction
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Literal, TypeVar, TypeVarTuple, Unpack
 
-from .limiter import MemoryLimiter
-from .pressure import PressurePolicy
-from .settings import LimiterSettings
-
-__all__ = ["ScriptedProbe", "VirtualTimeLoop", "limiter"]
+__all__ = ["Backend", "VirtualTimeLoop", "virtual_time"]
 
 _LOOK_AGAIN_SECONDS = 0.005
 
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
-
-class ScriptedProbe:
-    """A memory probe that reads what it is told to, sensible or not.
-
-    Args:
-        source: bytes in use. An ``int`` is read each time. A sequence is read item by
-            item, and its last one again and again. A function is called at each
-            reading; it may raise, as a probe may.
-
-    Attributes:
-        name: what reports say that the probe measures.
-        reads: how many times it has been read.
-
-    Raises:
-        TypeError: ``source`` is none of these.
-        ValueError: ``source`` is an empty sequence.
-    """
-
-    name = "scripted"
-
-    def __init__(self, source: int | Sequence[int] | Callable[[], int] = 0) -> None:
-        self.reads = 0
-        self.set(source)
-
-    def set(self, source: int | Sequence[int] | Callable[[], int]) -> None:
-        """Read ``source`` from now on, a sequence from its first item.
-
-        Raises:
-            TypeError: ``source`` is no ``int``, sequence of them or function.
-            ValueError: ``source`` is an empty sequence.
-        """
-        if callable(source):
-            self._next = source
-        elif isinstance(source, int):
-            self._next = lambda: source
-        elif isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
-            if not source:
-                raise ValueError("source=[] has nothing to read; give it one number at least")
-            script = tuple(source)
-            position = iter(range(len(script) - 1))
-            self._next = lambda: script[next(position, -1)]
-        else:
-            raise TypeError(
-                "source is a number of bytes, a sequence of them or a function that gives one, "
-                f"not {source!r} ({type(source).__name__})"
-            )
-
-    def read(self) -> int:
-        """Give the next reading, in bytes, unchecked; raises what the function raises."""
-        self.reads += 1
-        return self._next()
+Backend = Literal["asyncio", "trio"]
 
 
-def limiter(limit: int | str = "64MiB", **options: Any) -> MemoryLimiter:
-    """Give a limiter for a test: its numbers follow from those in the test, and no others.
+def virtual_time(backend: Backend = "asyncio") -> tuple[str, dict[str, Any]]:
+    """Give an event loop on virtual time, as anyio takes it: a backend and its options.
 
-    No slop and no baseline are taken off ``limit``, a `ScriptedProbe` reads 0, and nothing
-    is delayed; garbage is not collected when memory is short. The environment changes nothing.
+    For anyio's pytest plugin::
+
+        @pytest.fixture(params=["asyncio", "trio"])
+        def anyio_backend(request):
+            return testing.virtual_time(request.param)
+
+    and by hand::
+
+        backend, options = testing.virtual_time()
+        anyio.run(main, backend=backend, backend_options=options)
 
     Args:
-        limit: bytes, or a ``str`` such as ``"64MiB"``.
-        options: any other argument of `MemoryLimiter`; they take the place of the above.
+        backend: ``"asyncio"``, with a `VirtualTimeLoop`, or ``"trio"``, with its ``MockClock``.
 
     Raises:
-        InvalidLimit: ``limit`` or an option makes no sense.
+        ValueError: there is no such backend.
     """
-    undelayed = PressurePolicy(min_delay_seconds=0, max_delay_seconds=0)
-    chosen: dict[str, Any] = {
-        "slop_factor": 0,
-        "share": Fraction(1, 2),
-        "baseline": 0,
-        "probe": ScriptedProbe(0),
-        "observe": False,
-        "mode": "strict",
-        "processes": 1,
-        "settings": LimiterSettings(pressure=undelayed, reclaim=False),
-    }
-    return MemoryLimiter(limit, **(chosen | options))
+    if backend == "asyncio":
+        return "asyncio", {"loop_factory": VirtualTimeLoop}
+    if backend == "trio":
+        import trio.testing
+
+        return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
+    raise ValueError(f'backend={backend!r}: use "asyncio" or "trio"')
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):

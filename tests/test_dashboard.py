@@ -59,10 +59,13 @@ ARGUMENTS = (
 WAIT_MS = 20_000
 NONE = "\N{EN DASH}"
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="NOT TESTED: there is no `chromium` on the PATH, so nobody has looked at the dashboard",
-)
+pytestmark = [
+    pytest.mark.slow,  # the page is the same for every Python
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="NOT TESTED: there is no `chromium` on the PATH, so nobody has looked at the dashboard",
+    ),
+]
 
 
 class Service:

@@ -63,7 +63,7 @@ pytestmark = [
     pytest.mark.slow,  # the page is the same for every Python
     pytest.mark.skipif(
         CHROMIUM is None,
-        reason="NOT TESTED: there is no `chromium` on the PATH, so nobody has looked at the dashboard",
+        reason="NOT TESTED: there is no `chromium` on the PATH; nobody has seen the dashboard",
     ),
 ]
 

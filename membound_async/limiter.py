@@ -820,12 +820,13 @@ class MemoryLimiter(LimiterState):
                 await anyio.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
+            request.task = None
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
             self._tell_of_refusal(request, error)
             raise
-        request.owner = None
+        request.owner = request.task = None  # a heap may remember the request for long
         if grant is not None:
             grant._hold(request)
         return grant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import weakref
 from fractions import Fraction
 from typing import Any
 
@@ -69,6 +70,30 @@ async def test_a_request_waits_until_its_threshold_is_free() -> None:
     assert order == ["a releases", "b has 300 at 5"]
     assert b.statistics().total_wait_seconds == pytest.approx(5)
     assert limiter.statistics().free_bytes == 1000
+
+
+@pytest.mark.virtual_time
+async def test_a_request_that_is_over_keeps_nothing_of_its_task() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    holder = await limiter.component("holder").grant(500)
+    remembered: list[weakref.ref[Any]] = []
+
+    class Precious:
+        pass
+
+    async def wait_in_vain() -> None:
+        precious = Precious()
+        remembered.append(weakref.ref(precious))
+        with anyio.move_on_after(1):
+            async with a.grant(300):
+                pass
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait_in_vain)
+    gc.collect()
+    assert remembered[0]() is None
+    holder.release()
 
 
 @pytest.mark.virtual_time

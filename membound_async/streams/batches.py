@@ -320,7 +320,7 @@ class _Reader(Generic[T]):
         self.wanted = False
         self._loop: EventLoop | None = None
         self._task: Handle | None = None
-        self._running = self._started = self._closing = False
+        self._running = self._started = self._closing = self._abandoned = False
         self._parked: Any = None
         """Where the task waits until the batch is wanted."""
         self._waiting: list[Any] = []
@@ -365,6 +365,7 @@ class _Reader(Generic[T]):
 
     def abandon(self) -> None:
         """End the task, from a finaliser; the source is left as it is."""
+        self._abandoned = True
         if self._loop is not None and (self._running or self._timer is not None):
             self._loop.call_soon(self._end)
 
@@ -429,7 +430,9 @@ class _Reader(Generic[T]):
                     finally:
                         self._parked = None
         except BaseException as error:
-            if not self._closing:
+            if self._abandoned:
+                batch.drop()  # now: the error and what it passed through hold each other
+            elif not self._closing:
                 batch.fail(error)
             raise
         finally:

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import membound_async.limiter
+from membound_async import limits
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.fastpath import ALONE, EXTENSION, HELD
 from membound_async.grant import MemoryGrant, Options
 from membound_async.limiter import MemoryLimiter
+from membound_async.limits import DetectedLimit
 from membound_async.rules import Polynomial, Rule
 from membound_async.stocks import Account, Sender
 from membound_async.waiters import Kind, Request, State
@@ -628,6 +630,43 @@ class Books(Pair):
         if self.waiting:
             self.check_progress()
 
+    def check_numbers(self) -> None:
+        """Check all numbers, as the inherited one does, which takes its time to say them all."""
+        world, ledger = self.world, self.ledger
+        must(ledger.drift == world.drift, f"drift is {ledger.drift}, should be {world.drift}")
+        highest = ledger.highest_committed
+        must(highest == world.highest, f"highest is {highest}, should be {world.highest}")
+        must(ledger.waiters.count == len(self.waiting), "count")
+        for place, pool in self.pools.items():
+            free = world.free(place)
+            if pool.free != free:
+                must(False, f"free of {place} is {pool.free}, should be {free}")
+            if self.config.share is None:
+                holding = [each for each in world.members(place) if each.held(place[1]) > 0]
+                must(pool.consumers == len(holding), f"consumers of {place}: {pool.consumers}")
+        for name, account in ledger.accounts.items():
+            component = world.components[name]
+            found = account.reserved, account.entries, account.live
+            known = component.reserved, component.entries, component.live
+            if found != known:
+                must(False, f"reserved, entered, live of {name} is {found}, should be {known}")
+            for stock in (account, *account.others.values()):
+                resource = stock.resource
+                granted = component.granted.get(resource, 0)
+                if stock.granted != granted:
+                    must(False, f"{resource} of {name}: {stock.granted}, should be {granted}")
+                by_sender = component.in_flight.get(resource)
+                if by_sender is None:
+                    must(not stock.in_flight and not stock.senders, f"{resource} in flight: {name}")
+                    continue
+                must(stock.senders == len(by_sender), f"{name}: senders")
+                must(stock.in_flight == sum(by_sender.values()), f"{name}: in flight")
+                for sender, amount in by_sender.items():
+                    held = account.by_sender[sender].held[stock]  # type: ignore[index]
+                    must(held == amount, f"{name} from {sender}: {held}, should be {amount}")
+            for each in account.by_sender.values():
+                must(each.held or each.line, f"{name}: a sender without anything is remembered")
+
     def check_progress(self) -> None:
         """Check that somebody goes on if nothing is held of the pool, whatever the drift."""
         world = self.world
@@ -804,11 +843,16 @@ def follow() -> Iterator[None]:
         taken(grant, changing)
         moved_to(grant, target)
 
+    def resolve(limit: Any, *, probe: Any, **_: Any) -> DetectedLimit:
+        return DetectedLimit(limit, "explicit", probe)  # which of this machine's binds is not asked
+
     MemoryGrant._hold, MemoryGrant._moved_to = held, moved  # type: ignore[method-assign]
     membound_async.limiter.Ledger = FollowedLedger  # type: ignore[misc]
+    membound_async.limiter.resolve = resolve  # type: ignore[assignment]
     try:
         yield
     finally:
+        membound_async.limiter.resolve = limits.resolve
         MemoryGrant._hold, MemoryGrant._moved_to = hold, moved_to  # type: ignore[method-assign]
         membound_async.limiter.Ledger = ledger  # type: ignore[misc]
 

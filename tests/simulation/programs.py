@@ -402,6 +402,8 @@ class _Writer:
         self.smallness = random.choice((0.2, 0.5, 0.8))
         self.limit = random.choice((100, 300, 1000, 1000, 1000, 4000)) + random.randrange(3)
         self.left = 0
+        self.inside = 0
+        """How many grants the next step is inside of."""
 
     def likely(self, part: float) -> bool:
         return self.random.random() < part
@@ -544,7 +546,9 @@ class _Writer:
         )
 
     def steps(self, depth: int) -> tuple[Step, ...]:
-        found = []
+        found: list[Step] = []
+        if self.likely(0.5):
+            found.append(self.new_sleep(depth))
         for _ in range(self.random.choice((0, 1, 1, 2, 2, 3))):
             if self.left > 0:
                 found.append(self.step(depth))
@@ -555,6 +559,8 @@ class _Writer:
         kind = self.random.choice(self.kinds)
         if depth > 3 and kind in ("grant", "enter", "within", "catch", "take", "receive"):
             kind = "sleep"
+        if kind in ("change", "hand_on") and not self.inside:
+            kind = "grant"  # there would be nothing to change
         step: Step = getattr(self, f"new_{kind}")(depth)
         return step
 
@@ -591,13 +597,10 @@ class _Writer:
             options["up_to"] = nbytes + random.randrange(self.limit)
         if how != "nowait" and self.likely(0.12):
             options["timeout"] = random.choice((0.0, 0.01, 0.2, 1.3))
-        return Grant(
-            nbytes,
-            self.any_component(),
-            how,
-            self.steps(depth + 1),
-            **options,  # type: ignore[arg-type]
-        )
+        self.inside += 1
+        steps = self.steps(depth + 1)
+        self.inside -= 1
+        return Grant(nbytes, self.any_component(), how, steps, **options)  # type: ignore[arg-type]
 
     def new_change(self, depth: int) -> Step:
         random = self.random
@@ -642,7 +645,11 @@ class _Writer:
         )
 
     def new_hand_on(self, depth: int) -> Step:
-        return Change("hand_on", which=self.random.choice((-1, 0)))
+        found = Change("hand_on", which=self.random.choice((-1, 0)))
+        if self.likely(0.5):
+            return found
+        nbytes = self.nbytes()
+        return Grant(nbytes, self.any_component(), "await", (found, *self.steps(depth + 1)))
 
     def new_take(self, depth: int) -> Step:
         return Take(self.random.choice((0.1, 1.0, 3.0)), self.steps(depth + 1))

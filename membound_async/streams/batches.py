@@ -298,7 +298,7 @@ class _Batch(Generic[T]):
         for charge in self._charges:
             charge.release()
         self._items, self._charges, self._own = [], [], None
-        self._room, self._item = 0, NOTHING
+        self._room, self._item, self._error = 0, NOTHING, None
 
     async def aclose(self) -> None:
         """Close the source."""
@@ -366,7 +366,7 @@ class _Reader(Generic[T]):
     def abandon(self) -> None:
         """End the task, from a finaliser; the source is left as it is."""
         self._abandoned = True
-        if self._loop is not None and (self._running or self._timer is not None):
+        if self._loop is not None:
             self._loop.call_soon(self._end)
 
     async def _changed(self, loop: EventLoop) -> None:
@@ -384,6 +384,8 @@ class _Reader(Generic[T]):
 
     def _end(self) -> None:
         self.stop_timer()
+        if self._abandoned and not self._running:
+            self._batch.drop()
         # A task that is cancelled before it begins would never close the source.
         if self._task is not None and (self._started or not self._closing):
             self._task.cancel()

@@ -28,7 +28,7 @@ from .shrink import shrink
 
 __all__ = ["Failure", "campaign", "main", "run_seeds"]
 
-AT_ONCE = 500
+AT_ONCE = 250
 """How many programs a job runs before it reports."""
 
 
@@ -134,6 +134,8 @@ def campaign(
                 counted, failed = each.result()
                 seen += counted
                 failures += failed
+                for failure in failed:
+                    print(f"\n{failure}\n", flush=True)
             if failures and not keep_going:
                 ended = True
             now = time.monotonic()
@@ -170,8 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(report(seen))
     if never := missing(seen):
         print("no program got to:", ", ".join(never))
-    for failure in failures:
-        print(f"\n{failure}")
     print(f"\n{len(failures)} failures in {seen['programs']:,} programs")
     return 1 if failures else 0
 

@@ -633,9 +633,10 @@ class Books(Pair):
     def check_numbers(self) -> None:
         """Check all numbers, as the inherited one does, which takes its time to say them all."""
         world, ledger = self.world, self.ledger
-        must(ledger.drift == world.drift, f"drift is {ledger.drift}, should be {world.drift}")
-        highest = ledger.highest_committed
-        must(highest == world.highest, f"highest is {highest}, should be {world.highest}")
+        if ledger.drift != world.drift:
+            must(False, f"drift is {ledger.drift}, should be {world.drift}")
+        if ledger.highest_committed != world.highest:
+            must(False, f"highest: {ledger.highest_committed}, should be {world.highest}")
         must(ledger.waiters.count == len(self.waiting), "count")
         for place, pool in self.pools.items():
             free = world.free(place)
@@ -696,7 +697,8 @@ class Books(Pair):
         alone = 0
         for account in self.ledger.accounts.values():
             for grant in account.holders.snapshot():
-                must(grant._state in (HELD, ALONE), f"{grant} is said to be held")
+                if grant._state not in (HELD, ALONE):
+                    must(False, f"{grant} is said to be held")
                 alone += grant._state == ALONE
                 self.count(found, grant._component.path, grant._size, grant._options, shares)
         for account, nbytes, exclusive, options in limiter._abandoned:
@@ -709,27 +711,21 @@ class Books(Pair):
                 if wish.source is not None:
                     found[wish.source.name, resource, None] -= amount
             place, loop = request.owner, limiter._loop
-            must(
-                place is None or loop is None or not loop.is_occupied(place),
-                f"{wish.ticket} was admitted and not woken",
-            )
+            if place is not None and loop is not None and loop.is_occupied(place):
+                must(False, f"{wish.ticket} was admitted and not woken")
         has_it = self.ledger._exclusive is not None
-        must(has_it == (alone == 1), f"{alone} grants have the pool alone, {has_it}")
+        if alone != has_it:
+            must(False, f"{alone} grants have the pool alone, {has_it}")
         for name, account in self.ledger.accounts.items():
             for stock in account.stocks():
                 held = found.pop((name, stock.resource, None), 0)
-                must(
-                    held == stock.granted,
-                    f"grants of {name} hold {held} {stock.resource}, it has {stock.granted}",
-                )
+                if held != stock.granted:
+                    must(False, f"grants of {name}: {held} {stock.resource}, not {stock.granted}")
             for sender in account.by_sender.values():
                 for stock, amount in sender.held.items():
                     held = found.pop((name, stock.resource, sender.name), 0)
-                    must(
-                        held == amount,
-                        f"grants from {sender.name} to {name} hold {held} {stock.resource}, it has "
-                        f"{amount}",
-                    )
+                    if held != amount:
+                        must(False, f"grants from {sender.name} to {name}: {held}, not {amount}")
         left = {key: amount for key, amount in found.items() if amount}
         must(not left, f"grants hold what no account has: {left}")
 

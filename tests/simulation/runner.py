@@ -43,7 +43,7 @@ from membound_async.live import LiveBytes
 from membound_async.rules import Polynomial
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
-from .invariants import Books, Broken, books_for, follow, must
+from .invariants import Books, Broken, books_for, follow
 from .programs import (
     Cancel,
     Catch,
@@ -79,6 +79,16 @@ NO_DELAY = PressurePolicy(
     max_interval_seconds=0.5,
 )
 DELAY = PressurePolicy(min_interval_seconds=0.1, max_interval_seconds=0.5)
+
+
+def must(condition: object, *otherwise: object) -> None:
+    """Check one thing; what to say otherwise is put together only then.
+
+    Raises:
+        Broken: it is not so.
+    """
+    if not condition:
+        raise Broken(" ".join(map(str, otherwise)))
 
 
 class Planned(Exception):
@@ -417,7 +427,7 @@ class Performance:
             if must_not:
                 self.books.fail(f"{step}: {error!r}, but it holds nothing", error)
         elif not isinstance(error, ALLOWED.get(name, ())):
-            self.books.fail(f"{step}: {error!r}", error)
+            self.books.fail(step, error!r, error)
 
     def cancel(self, actor: Actor, how: Cancel) -> None:
         if actor.done:
@@ -476,20 +486,20 @@ class Performance:
                         remove(actor.blocks, got)
         except GrantTimeout as error:
             if error is not actor.judged:
-                must(step.timeout is not None, f"{step}: it has no timeout")
+                must(step.timeout is not None, step, "it has no timeout")
                 waited = self.now() - asked_at
-                must(waited >= (step.timeout or 0.0) - 1e-9, f"{step}: timed out after {waited}")
+                must(waited >= (step.timeout or 0.0) - 1e-9, step, "timed out after", waited)
             raise
         return step.how
 
     def check_got(self, step: Grant, got: MemoryGrant, asked_at: float) -> None:
         most = step.nbytes if step.up_to is None else step.up_to
-        must(step.nbytes <= got.size <= most, f"{step}: it got {got.size}")
-        must(dict(got.also) == ({"fds": step.fds} if step.fds else {}), f"{step}: {got.also}")
-        must(got.sender == step.sender, f"{step}: of {got.sender}")
+        must(step.nbytes <= got.size <= most, step, got.size)
+        must(dict(got.also) == ({"fds": step.fds} if step.fds else {}), step, got.also)
+        must(got.sender == step.sender, step, "of", got.sender)
         if step.timeout is not None and step.how != "nowait":
             waited = self.now() - asked_at
-            must(waited <= step.timeout + 0.026, f"{step}: it got it after {waited} s")
+            must(waited <= step.timeout + 0.026, step, "it got it after", waited)
 
     async def do_change(self, actor: Actor, step: Change) -> str | None:
         whose = actor if step.of is None else self.actors[step.of % len(self.actors)]
@@ -525,27 +535,27 @@ class Performance:
                     one.shrink(step.nbytes)
                 case "resize":
                     one.resize(step.nbytes)
-                    must(one.size == step.nbytes, f"{step}: {one.size}")
+                    must(one.size == step.nbytes, step, one.size)
                 case "split":
                     self.keep(actor, one.split(step.nbytes))
                 case "transfer":
                     await one.transfer(target)
-                    must(one.component is target, f"{step}: of {one.component}")
+                    must(one.component is target, step, "of", one.component)
                 case "transfer_nowait":
                     one.transfer_nowait(target)
                 case "share":
                     self.keep(actor, one.share())
                 case "deliver":
                     one.deliver()
-                    must(one.sender is None, f"{step}: of {one.sender}")
+                    must(one.sender is None, step, "of", one.sender)
                 case "release":
                     one.release()
-                    must(one.released and not one.size, f"{step}: {one}")
+                    must(one.released and not one.size, step, one)
                 case "enter_again":
                     async with one:
                         await anyio.sleep(0.01)
         except GrantReleased:
-            must(one.released, f"{step}: it is not released")
+            must(one.released, step, "it is not released")
             raise
         except ValueError:
             too_much = step.what in ("shrink", "split", "resize") and step.nbytes > before[0]
@@ -555,14 +565,14 @@ class Performance:
             no_share = step.what == "share" and one._state == 3
             must(
                 too_much or is_shared or no_flight or no_transfer or no_share,
-                f"{step}: refused for no reason",
+                step, "refused for no reason",
             )
             raise
         except QuotaExceeded:
-            must((one.size, one.released) == before, f"{step}: refused, it has changed {one}")
+            must((one.size, one.released) == before, step, "refused, it has changed", one)
             raise
         except RuntimeError:
-            must(is_changing, f"{step}: nobody changes it")
+            must(is_changing, step, "nobody changes it")
             raise
         return step.what
 
@@ -592,7 +602,7 @@ class Performance:
         component = self.components[step.component]
         async with component:
             account: Any = component._account
-            must(account.entries > 0, f"{step}: it is not entered")
+            must(account.entries > 0, step, "it is not entered")
             await self.perform(actor, step.steps)
 
     async def do_within(self, actor: Actor, step: Within) -> str | None:
@@ -696,12 +706,12 @@ class Performance:
         for number, channel in enumerate(self.channels):
             inbox = channel if isinstance(channel, Inbox) else channel[0]._inbox
             statistics = inbox.statistics()
-            must(statistics.charged_bytes == 0, f"{channel}: something is in it in the end")
+            must(statistics.charged_bytes == 0, channel, "something is in it in the end")
             must(statistics.tasks_waiting_send == 0, "somebody waits to send in the end")
             must(statistics.tasks_waiting_receive == 0, "somebody waits to receive in the end")
-            must(not inbox._lines and not inbox._handed_over, f"{channel}: lines are left")
+            must(not inbox._lines and not inbox._handed_over, channel, "lines are left")
             left = self.sent[number] - self.got[number] - statistics.dropped
-            must(left >= 0 or left < -(1 << 31), f"{channel}: {-left} messages came twice")
+            must(left >= 0 or left < -(1 << 31), channel, -left, "messages came twice")
 
     # --- iterators
 
@@ -750,30 +760,30 @@ class Performance:
                 now = limiter.statistics()
                 world = books.world
                 place = (None, "bytes")
-                must(now.free_bytes == world.free(place), f"free: {now.free_bytes}")
-                must(now.drift_bytes == world.drift, f"drift: {now.drift_bytes}")
-                must(now.committed_bytes == world.committed(), f"committed: {now.committed_bytes}")
-                must(now.waiting == len(books.waiting), f"waiting: {now.waiting}")
+                must(now.free_bytes == world.free(place), "free", now.free_bytes)
+                must(now.drift_bytes == world.drift, "drift", now.drift_bytes)
+                must(now.committed_bytes == world.committed(), "committed", now.committed_bytes)
+                must(now.waiting == len(books.waiting), "waiting", now.waiting)
                 must(now.waiting == len(limiter.waiting_requests()), "waiting_requests()")
                 wanted = sum(each.wanted_bytes for each in limiter.waiting_requests())
-                must(now.waiting_bytes == wanted, f"waiting_bytes: {now.waiting_bytes}")
-                must(now.grants == len(limiter.held_grants()), f"grants: {now.grants}")
+                must(now.waiting_bytes == wanted, "waiting_bytes", now.waiting_bytes)
+                must(now.grants == len(limiter.held_grants()), "grants", now.grants)
             case "held_grants":
                 held = limiter.held_grants()
                 mine = [each for other in self.actors for each in other.grants()]
                 count = sum(not each.released for each in mine)
-                must(len(held) >= count, f"{len(held)} grants are held, {count} at the least")
+                must(len(held) >= count, len(held), "grants are held", count)
                 must(held[:2] == limiter.held_grants(2), "held_grants(2)")
             case "waiting_requests":
                 waiting = limiter.waiting_requests()
-                must(len(waiting) == len(books.waiting), f"{len(waiting)} requests wait")
+                must(len(waiting) == len(books.waiting), len(waiting), "requests wait")
             case "component":
                 for component in self.components:
                     found = component.statistics()
                     known = books.world.components[component.path]
-                    must(found.granted_bytes == known.granted.get("bytes", 0), f"{found}")
-                    must(found.in_flight_bytes == known.sent("bytes"), f"{found}")
-                    must(found.entered == known.entries, f"{found}")
+                    must(found.granted_bytes == known.granted.get("bytes", 0), found)
+                    must(found.in_flight_bytes == known.sent("bytes"), found)
+                    must(found.entered == known.entries, found)
         return step.what
 
 
@@ -999,11 +1009,14 @@ def machine(backend: str = "asyncio", seen: Counter[str] | None = None) -> Itera
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     made = Machine(backend, Counter() if seen is None else seen)
     try:
+        gc.collect()
+        gc.freeze()  # a collection then costs what the program made, not what was imported
         with follow(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             yield made
             made.close()
     finally:
+        gc.unfreeze()
         trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = deterministic
 
 

@@ -427,7 +427,7 @@ class Performance:
             if must_not:
                 self.books.fail(f"{step}: {error!r}, but it holds nothing", error)
         elif not isinstance(error, ALLOWED.get(name, ())):
-            self.books.fail(step, error!r, error)
+            self.books.fail(f"{step}: {error!r}", error)
 
     def cancel(self, actor: Actor, how: Cancel) -> None:
         if actor.done:

@@ -50,16 +50,29 @@ class Failure:
 
 
 def run_seeds(
-    seeds: range, backend: str, seen: Counter[str], *, keep_going: bool = False
+    seeds: range,
+    backend: str,
+    seen: Counter[str],
+    *,
+    keep_going: bool = False,
+    most_runs: int = 2000,
 ) -> list[Failure]:
-    """Run the programs of some seeds, up to the first failure unless told to go on."""
+    """Run the programs of some seeds, up to the first failure unless told to go on.
+
+    Args:
+        seeds: which ones.
+        backend: where.
+        seen: counts what happened.
+        keep_going: whether to go on after a failure.
+        most_runs: how many programs to run to make a failure smaller.
+    """
     logging.getLogger("membound_async").setLevel(logging.CRITICAL)
     failures: list[Failure] = []
     with machine(backend, seen) as one:
         for seed in seeds:
             reason = why(one, program(seed))
             if reason is not None:
-                failures.append(_failure(one, seed, reason))
+                failures.append(_failure(one, seed, reason, most_runs))
                 if not keep_going:
                     break
     return failures
@@ -74,7 +87,7 @@ def why(one: Machine, tried: Program) -> str | None:
     return None
 
 
-def _failure(one: Machine, seed: int, reason: str) -> Failure:
+def _failure(one: Machine, seed: int, reason: str, most_runs: int) -> Failure:
     counted, one.seen = one.seen, Counter()
     reasons = {}
 
@@ -85,7 +98,7 @@ def _failure(one: Machine, seed: int, reason: str) -> Failure:
         reasons[tried] = found
         return True
 
-    smaller = shrink(program(seed), fails)
+    smaller = shrink(program(seed), fails, most_runs=most_runs)
     one.seen = counted
     return Failure(seed, one.backend, reason, smaller, reasons.get(smaller, reason))
 

@@ -38,12 +38,13 @@ from membound_async import (
     create_memory_stream,
     grant,
 )
+from membound_async.fastpath import RELEASED
 from membound_async.hooks import Event, Hooks
 from membound_async.live import LiveBytes
 from membound_async.rules import Polynomial
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
 
-from .invariants import Books, Broken, books_for, follow
+from .invariants import Books, Broken, FollowedLedger, books_for, follow
 from .programs import (
     Cancel,
     Catch,
@@ -437,6 +438,16 @@ class Performance:
         else:
             actor.task.cancel()
 
+    def give_up(self) -> None:
+        """Have nothing checked any more, and nothing be said of grants that are dropped."""
+        limiter: Any = self.limiter
+        limiter._ledger.books = None
+        for account in limiter._ledger.accounts.values():
+            for each in account.holders.snapshot():
+                each._state = RELEASED
+        limiter._ledger = FollowedLedger(1 << 40)
+        limiter._acquire = limiter._withdraw = limiter._give_back = limiter._leave = nothing
+
     # --- steps
 
     async def do_sleep(self, actor: Actor, step: Sleep) -> None:
@@ -800,6 +811,10 @@ def remove(blocks: list[MemoryGrant], one: MemoryGrant) -> None:
             return
 
 
+def nothing(*_: object, **__: object) -> None:
+    """Stand for what a limiter does that has failed."""
+
+
 class Source:
     """Something to iterate: numbers, which say how large they are."""
 
@@ -936,8 +951,9 @@ class Machine:
         try:
             loop.run_until_complete(main())
         except BaseException as error:
-            self.close()
-            broken(error, loop.performance)
+            performance, loop.performance = loop.performance, None
+            self.close(performance)
+            broken(error, performance)
         finally:
             loop.performance = None
 
@@ -959,14 +975,17 @@ class Machine:
                 instruments=[instrument],
             )
         except BaseException as error:
+            if instrument.performance is not None:
+                instrument.performance.give_up()
             broken(error, instrument.performance)
 
-    def close(self) -> None:
-        """End the event loop."""
+    def close(self, performance: Performance | None = None) -> None:
+        """End the event loop, and what is left of a program that has failed."""
         loop, self._loop = self._loop, None
+        if performance is not None:
+            performance.give_up()
         if loop is None:
             return
-        loop.performance = None
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             task.cancel()

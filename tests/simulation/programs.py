@@ -388,7 +388,7 @@ class _Writer:
         self.with_minimums = likely(0.45)
         self.with_firm = likely(0.4)
         self.with_senders = likely(0.35)
-        self.with_channels = likely(0.4)
+        self.with_channels = likely(0.45)
         self.with_fds = likely(0.2)
         self.with_changes = likely(0.65)
         self.with_handing_on = likely(0.3)
@@ -396,10 +396,10 @@ class _Writer:
         self.with_limits = likely(0.35)
         self.with_alone = likely(0.15)
         self.with_reads = likely(0.25)
-        self.with_resizes = likely(0.15)
+        self.with_resizes = likely(0.2)
         self.with_pressure = likely(0.35)
         self.with_failures = likely(0.4)
-        self.smallness = random.choice((0.2, 0.5, 0.8))
+        self.smallness = random.choice((0.1, 0.3, 0.7))
         self.limit = random.choice((100, 300, 1000, 1000, 1000, 4000)) + random.randrange(3)
         self.left = 0
         self.inside = 0
@@ -459,7 +459,7 @@ class _Writer:
         random, limit = self.random, self.limit
         minimum, firm = 0, None
         if self.with_minimums and self.likely(0.6):
-            minimum = random.randint(1, limit // 4)
+            minimum = random.randint(1, limit // random.choice((2, 4, 4, 8)))
         if self.with_firm and self.likely(0.6):
             firm = minimum + random.randint(1, limit // 2)
         live: tuple[tuple[float, int], ...] = ()
@@ -547,8 +547,8 @@ class _Writer:
 
     def steps(self, depth: int) -> tuple[Step, ...]:
         found: list[Step] = []
-        if self.likely(0.5):
-            found.append(self.new_sleep(depth))
+        if self.likely(0.6):  # or hardly anybody would ever be in anybody's way
+            found.append(Sleep(self.random.choice((0.0, 0.01, 0.1, 0.3, 1.0))))
         for _ in range(self.random.choice((0, 1, 1, 2, 2, 3))):
             if self.left > 0:
                 found.append(self.step(depth))
@@ -641,7 +641,7 @@ class _Writer:
             which=random.choice((-1, -1, -2, 0)),
             nbytes=self.nbytes(),
             component=self.any_component(),
-            of=random.randrange(self.tasks) if self.likely(0.15) else None,
+            of=random.randrange(self.tasks) if self.likely(0.25) else None,
         )
 
     def new_hand_on(self, depth: int) -> Step:

@@ -96,6 +96,34 @@ class Planned(Exception):
     """What a step raises because the program says so."""
 
 
+class Message(int):
+    """So many bytes, from whom, and which of his."""
+
+    line: tuple[int, str | None]
+    number: int
+
+
+class Messages:
+    """What went through a channel."""
+
+    def __init__(self) -> None:
+        self.sent = self.got = 0
+        self.lost = False
+        """Whether some may have been, as the channel was closed or an iterator dropped."""
+        self.receivers = 0
+        self.in_order = True
+        """Whether there was never more than one who received."""
+        self.last: dict[tuple[int, str | None], int] = {}
+
+    def take(self, message: Message) -> None:
+        """Note that a message has come."""
+        self.got += 1
+        last = self.last.get(message.line, 0)
+        must(message.number != last, "a message has come twice")
+        must(not self.in_order or self.lost or message.number > last, "messages came out of order")
+        self.last[message.line] = message.number
+
+
 class Actor:
     """A task while it runs."""
 
@@ -169,8 +197,7 @@ class Performance:
         self.box: deque[MemoryGrant] = deque()
         self.box_changed = anyio.Event()
         self.channels: list[Any] = []
-        self.sent: Counter[int] = Counter()
-        self.got: Counter[int] = Counter()
+        self.messages = [Messages() for _ in program.channels]
         self.finished: anyio.Event | None = None
         self.watch_wakes()
 
@@ -267,12 +294,16 @@ class Performance:
 
         return free_in_task if plan.in_task else free
 
+    def inbox_of(self, channel: Any) -> Inbox[Message]:
+        inbox: Inbox[Message] = channel if isinstance(channel, Inbox) else channel[0]._inbox
+        return inbox
+
     def make_channel(self, plan: Channel) -> Any:
         component = self.components[plan.component]
         most = float("inf") if plan.most is None else plan.most
         if plan.kind == "stream":
-            return create_memory_stream[int](size=int, component=component, max_items=most)
-        return Inbox[int](
+            return create_memory_stream[Message](size=int, component=component, max_items=most)
+        return Inbox[Message](
             component,
             size=int,
             overflow=plan.overflow,
@@ -311,17 +342,25 @@ class Performance:
     async def main(self) -> None:
         """Run it all, inside the limiter's block; tasks are started by the backend."""
         self.channels = [self.make_channel(plan) for plan in self.program.channels]
+        self.books.inboxes = [self.inbox_of(channel) for channel in self.channels]
+        try:
+            self.limiter.verify()
+        except BoundsError as error:
+            self.seen[f"verify {type(error).__name__}"] += 1
+            if self.program.settings.mode == "strict" and not self.program.settings.observe:
+                return  # it cannot even be entered
         async with self.limiter:
             await self.run_tasks()
             while self.box:
                 self.box.popleft().release()
+            self.check_messages()
             for channel in self.channels:
                 if isinstance(channel, Inbox):
                     channel.close()
                 else:
                     for end in channel:
                         end.close()
-            self.check_messages()
+            self.check_closed()
             self.is_over = True
             for _ in range(40):
                 await anyio.sleep(1.0)
@@ -576,7 +615,8 @@ class Performance:
             no_share = step.what == "share" and one._state == 3
             must(
                 too_much or is_shared or no_flight or no_transfer or no_share,
-                step, "refused for no reason",
+                step,
+                "refused for no reason",
             )
             raise
         except QuotaExceeded:
@@ -649,12 +689,16 @@ class Performance:
     async def do_put(self, actor: Actor, step: Put) -> str:
         number = step.channel % len(self.channels)
         channel = self.channels[number]
+        message = Message(step.nbytes)
+        message.line = actor.number, step.sender
+        self.keys += 1
+        message.number = self.keys
         if not isinstance(channel, Inbox):
             if step.nowait:
-                channel[0].send_nowait(step.nbytes)
+                channel[0].send_nowait(message)
             else:
-                await channel[0].send(step.nbytes)
-            self.sent[number] += 1
+                await channel[0].send(message)
+            self.messages[number].sent += 1
             return "stream"
         options: dict[str, Any] = {"sender": step.sender}
         if step.fds:
@@ -664,29 +708,35 @@ class Performance:
             options = {"grant": actor.loose.pop(key)}
         try:
             if step.nowait:
-                channel.send_nowait(step.nbytes, **options)
+                channel.send_nowait(message, **options)
             else:
-                await channel.send(step.nbytes, **options)
+                await channel.send(message, **options)
         except BaseException:
             if key is not None:
                 actor.loose[key] = options["grant"]
             raise
-        self.sent[number] += 1
+        self.messages[number].sent += 1
         return "given" if key is not None else "inbox"
 
     async def do_receive(self, actor: Actor, step: Receive) -> str:
         number = step.channel % len(self.channels)
-        channel = self.channels[number]
-        if not isinstance(channel, Inbox):
-            if step.nowait:
-                channel[1].receive_nowait()
+        channel, messages = self.channels[number], self.messages[number]
+        messages.receivers += 1
+        messages.in_order = messages.in_order and messages.receivers == 1
+        try:
+            if isinstance(channel, Inbox):
+                received = channel.receive_nowait() if step.nowait else await channel.receive()
+                message = received.message
             else:
-                await channel[1].receive()
-            self.got[number] += 1
+                stream = channel[1]
+                message = stream.receive_nowait() if step.nowait else await stream.receive()
+                received = None
+        finally:
+            messages.receivers -= 1
+        messages.take(message)
+        if received is None:
             await self.perform(actor, step.steps)
             return "stream"
-        received = channel.receive_nowait() if step.nowait else await channel.receive()
-        self.got[number] += 1
         async with received:
             must(received.grant.sender is None or is_shared(received.grant), "not delivered")
             await self.perform(actor, step.steps)
@@ -698,14 +748,14 @@ class Performance:
         if isinstance(channel, Inbox):
             return "nothing"
         source = channel[1].clone()
-        self.got[number] += 1 << 32  # what an iterator has read ahead is lost with it
+        self.messages[number].lost = True  # what an iterator has read ahead is lost with it
         await self.iterate(actor, step, source, step.items)
         return step.how
 
     async def do_close(self, actor: Actor, step: Close) -> str:
         number = step.channel % len(self.channels)
         channel = self.channels[number]
-        self.got[number] += 1 << 32
+        self.messages[number].lost = True
         if isinstance(channel, Inbox):
             channel.close()
             return "inbox"
@@ -714,15 +764,25 @@ class Performance:
 
     def check_messages(self) -> None:
         """Check that what was sent was received, or dropped, or is there."""
-        for number, channel in enumerate(self.channels):
-            inbox = channel if isinstance(channel, Inbox) else channel[0]._inbox
-            statistics = inbox.statistics()
-            must(statistics.charged_bytes == 0, channel, "something is in it in the end")
-            must(statistics.tasks_waiting_send == 0, "somebody waits to send in the end")
-            must(statistics.tasks_waiting_receive == 0, "somebody waits to receive in the end")
-            must(not inbox._lines and not inbox._handed_over, channel, "lines are left")
-            left = self.sent[number] - self.got[number] - statistics.dropped
-            must(left >= 0 or left < -(1 << 31), channel, -left, "messages came twice")
+        for channel, messages in zip(self.channels, self.messages, strict=True):
+            now = self.inbox_of(channel).statistics()
+            known = messages.got + now.dropped + now.current_buffer_used
+            must(
+                messages.lost or messages.sent == known,
+                messages.sent,
+                "messages were sent, and received, dropped or left",
+                known,
+            )
+
+    def check_closed(self) -> None:
+        """Check that nothing is left of channels that are closed."""
+        for channel in self.channels:
+            inbox = self.inbox_of(channel)
+            now = inbox.statistics()
+            must(now.charged_bytes == 0, "something is charged in the end")
+            must(now.tasks_waiting_send == 0, "somebody waits to send in the end")
+            must(now.tasks_waiting_receive == 0, "somebody waits to receive in the end")
+            must(not inbox._lines and not inbox._handed_over, "lines are left")
 
     # --- iterators
 

@@ -15,9 +15,7 @@ from .programs import Component, Program, Settings, Step, Task
 __all__ = ["shrink"]
 
 
-def shrink(
-    program: Program, fails: Callable[[Program], bool], *, most_runs: int = 3000
-) -> Program:
+def shrink(program: Program, fails: Callable[[Program], bool], *, most_runs: int = 3000) -> Program:
     """Give a smaller program that fails, too; none of those next to it does.
 
     Args:

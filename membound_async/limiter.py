@@ -747,9 +747,11 @@ class MemoryLimiter(LimiterState):
         request = Request(account, account.minimum, Kind.ENTER)
         if self._mode != "strict" and not self._observe:
             with self._lock:
-                if self._ledger.refusal(request) is not None:
-                    self._ledger.force(request)
-                    return
+                forced = self._ledger.refusal(request) is not None
+                settled = self._ledger.force(request) if forced else []
+            self._wake(settled)
+            if forced:
+                return
         await self._acquire(request, None)
 
     def _leave(self, component: Component) -> None:

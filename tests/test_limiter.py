@@ -72,6 +72,25 @@ async def test_a_request_waits_until_its_threshold_is_free() -> None:
 
 
 @pytest.mark.virtual_time
+async def test_who_may_use_a_minimum_beyond_the_limit_is_woken_when_it_is_entered() -> None:
+    limiter = testing.limiter(1000, mode="permissive")
+    large = limiter.component("large", minimum=1200)
+    got: list[float] = []
+
+    async def use_it() -> None:
+        async with large.grant(400):  # T = 800, but only 500 are free
+            got.append(anyio.current_time() - began_at)
+
+    began_at = anyio.current_time()
+    async with anyio.create_task_group() as tasks, limiter.component("other").grant(500):
+        tasks.start_soon(use_it)
+        await anyio.sleep(1)
+        async with large:
+            await anyio.sleep(1)
+    assert got == [pytest.approx(1)]
+
+
+@pytest.mark.virtual_time
 async def test_a_request_that_is_over_keeps_nothing_of_its_task() -> None:
     limiter = testing.limiter(1000)
     a = limiter.component("a")

@@ -105,7 +105,7 @@ def _failure(one: Machine, seed: int, reason: str, most_runs: int) -> Failure:
 
 def kind(reason: str) -> str:
     """Say what a reason is about, without its numbers, so that another failure is not taken."""
-    words = "".join(" " if letter.isdigit() else letter for letter in reason.split("(")[0])
+    words = "".join(" " if letter.isdigit() else letter for letter in reason.partition("(")[0])
     return " ".join(words.split()[:6])
 
 
@@ -130,7 +130,7 @@ def campaign(
     context = get_context("spawn")  # no process inherits what another one has imported
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         chunks = _chunks(seeds)
-        start = partial(pool.submit, _job, backend=backend, keep_going=keep_going)
+        job = partial(_job, backend=backend, keep_going=keep_going)
         running: set[Future[tuple[Counter[str], list[Failure]]]] = set()
         ended = False
         while True:
@@ -139,7 +139,7 @@ def campaign(
                 if chunk is None:
                     ended = True
                 else:
-                    running.add(start(chunk))
+                    running.add(pool.submit(job, chunk))
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -16,9 +16,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
-import membound_async.limiter
-from membound_async import limits
 from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.fastpath import ALONE, EXTENSION, HELD
 from membound_async.grant import MemoryGrant, Options
@@ -26,7 +25,7 @@ from membound_async.inbox import Inbox
 from membound_async.limiter import MemoryLimiter
 from membound_async.limits import DetectedLimit
 from membound_async.rules import Polynomial, Rule
-from membound_async.stocks import Account, Sender
+from membound_async.stocks import NO_LIMIT, Account, Sender
 from membound_async.waiters import Kind, Request, State
 from tests.divisions import BYTES, Component, Need, Place, Wish, World
 from tests.fuzz_resources import Broken, Config, Grant, Pair, Step, Watched, must
@@ -314,7 +313,7 @@ class Books(Pair):
             firm = {
                 stock.resource: stock.firm_limit
                 for stock in account.stocks()
-                if stock.firm_limit != membound_async.limiter.NO_LIMIT
+                if stock.firm_limit != NO_LIMIT
             }
             self.world.components[name] = Component(name, account.minimum, firm)
         self.world.measured = ledger.measured
@@ -665,7 +664,7 @@ class Books(Pair):
                 must(stock.senders == len(by_sender), f"{name}: senders")
                 must(stock.in_flight == sum(by_sender.values()), f"{name}: in flight")
                 for sender, amount in by_sender.items():
-                    held = account.by_sender[sender].held[stock]  # type: ignore[index]
+                    held = account.by_sender[sender].held[stock]
                     must(held == amount, f"{name} from {sender}: {held}, should be {amount}")
             for each in account.by_sender.values():
                 must(each.held or each.line, f"{name}: a sender without anything is remembered")
@@ -820,12 +819,12 @@ class Books(Pair):
         must(limiter._reclaim.run is None, "reclaim goes on in the end")
 
 
-ALONE_HAS_IT: Any = Request.__new__(Request)
+ALONE_HAS_IT = Request.__new__(Request)
 """Stands for the grant that has the pool alone: nobody else gets anything of it."""
 
 
 class _Lock:
-    """A lock that tells of who takes it twice; and the path in C, which wants a real one, stays away."""
+    """A lock that tells of who takes it twice; the path in C wants a real one, and stays away."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -850,7 +849,6 @@ class _Lock:
 def follow() -> Iterator[None]:
     """Have limiters made, and grants taken over, so that books can be kept."""
     hold, moved_to = MemoryGrant._hold, MemoryGrant._moved_to
-    ledger = membound_async.limiter.Ledger
 
     def held(grant: MemoryGrant, request: Request) -> None:
         if not grant.released:  # else what was admitted is undone
@@ -865,15 +863,13 @@ def follow() -> Iterator[None]:
     def resolve(limit: Any, *, probe: Any, **_: Any) -> DetectedLimit:
         return DetectedLimit(limit, "explicit", probe)  # which of this machine's binds is not asked
 
-    MemoryGrant._hold, MemoryGrant._moved_to = held, moved  # type: ignore[method-assign]
-    membound_async.limiter.Ledger = FollowedLedger  # type: ignore[misc]
-    membound_async.limiter.resolve = resolve  # type: ignore[assignment]
-    try:
+    with (
+        patch.object(MemoryGrant, "_hold", held),
+        patch.object(MemoryGrant, "_moved_to", moved),
+        patch("membound_async.limiter.Ledger", FollowedLedger),
+        patch("membound_async.limiter.resolve", resolve),
+    ):
         yield
-    finally:
-        membound_async.limiter.resolve = limits.resolve
-        MemoryGrant._hold, MemoryGrant._moved_to = hold, moved_to  # type: ignore[method-assign]
-        membound_async.limiter.Ledger = ledger  # type: ignore[misc]
 
 
 def taken(grant: MemoryGrant, request: Request) -> None:

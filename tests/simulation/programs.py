@@ -402,6 +402,7 @@ class _Writer:
         self.smallness = random.choice((0.1, 0.3, 0.7))
         self.limit = random.choice((100, 300, 1000, 1000, 1000, 4000)) + random.randrange(3)
         self.left = 0
+        self.channels: tuple[Channel, ...] = ()
         self.inside = 0
         """How many grants the next step is inside of."""
 
@@ -416,10 +417,8 @@ class _Writer:
             for path in ("a", "b", "a.b", "c")[: random.choice((1, 2, 2, 3, 3, 4))]
         )
         self.components = len(components)
-        channels = ()
-        if self.with_channels:
-            channels = tuple(self.channel() for _ in range(random.choice((1, 1, 2))))
-        self.channels = channels
+        count = random.choice((1, 1, 2)) if self.with_channels else 0
+        self.channels = tuple(self.channel() for _ in range(count))
         count = random.choice((2, 2, 3, 3, 4, 5, 6, 8))
         self.tasks = count
         self.kinds = self.choose_kinds()
@@ -433,7 +432,7 @@ class _Writer:
             reclaim=tuple(self.reclaim() for _ in range(random.randrange(3)))
             if self.with_pressure
             else (),
-            channels=channels,
+            channels=self.channels,
             tasks=tasks,
         )
 
@@ -549,9 +548,10 @@ class _Writer:
         found: list[Step] = []
         if self.likely(0.6):  # or hardly anybody would ever be in anybody's way
             found.append(Sleep(self.random.choice((0.0, 0.01, 0.1, 0.3, 1.0))))
-        for _ in range(self.random.choice((0, 1, 1, 2, 2, 3))):
-            if self.left > 0:
-                found.append(self.step(depth))
+        more = self.random.choice((0, 1, 1, 2, 2, 3))
+        while more > 0 and self.left > 0:
+            more -= 1
+            found.append(self.step(depth))
         return tuple(found)
 
     def step(self, depth: int) -> Step:

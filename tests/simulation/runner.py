@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import trio
@@ -73,6 +74,8 @@ __all__ = ["Machine", "machine", "run"]
 
 PATIENCE_SECONDS = 8.0
 MOST_TURNS = 20_000
+COLLECT_AFTER = 50
+"""How many programs are run until garbage is collected."""
 NO_DELAY = PressurePolicy(
     min_delay_seconds=0,
     max_delay_seconds=0,
@@ -962,8 +965,9 @@ class _Loop(VirtualTimeLoop):
     def begin_anew(self) -> None:
         """Forget timers of programs before, and begin at 0: each is alone."""
         self._virtual_seconds = 0.0
-        self._scheduled.clear()
-        self._timer_cancelled_count = 0
+        inside: Any = self
+        inside._scheduled.clear()
+        inside._timer_cancelled_count = 0
 
 
 class _Instrument(trio.abc.Instrument):
@@ -983,6 +987,7 @@ class Machine:
         self.backend = backend
         self.seen = seen
         self._loop: _Loop | None = None
+        self._since_collection = 0
 
     def run(self, program: Program) -> None:
         """Run one program.
@@ -991,6 +996,10 @@ class Machine:
             Broken: something was wrong.
         """
         self.seen["programs"] += 1
+        self._since_collection += 1
+        if self._since_collection == COLLECT_AFTER:
+            self._since_collection = 0
+            gc.collect()
         if self.backend == "trio":
             self._run_on_trio(program)
         else:
@@ -1010,7 +1019,7 @@ class Machine:
 
         try:
             loop.run_until_complete(main())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             performance, loop.performance = loop.performance, None
             self.close(performance)
             broken(error, performance)
@@ -1034,7 +1043,7 @@ class Machine:
                 clock=trio.testing.MockClock(autojump_threshold=0),
                 instruments=[instrument],
             )
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             if instrument.performance is not None:
                 instrument.performance.give_up()
             broken(error, instrument.performance)
@@ -1084,19 +1093,24 @@ def broken(error: BaseException, performance: Performance | None) -> None:
 @contextmanager
 def machine(backend: str = "asyncio", seen: Counter[str] | None = None) -> Iterator[Machine]:
     """Give what runs programs, for as many as you like."""
-    deterministic = trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     made = Machine(backend, Counter() if seen is None else seen)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # a collection then costs what the program made, not what was imported
+    gc.disable()  # garbage is collected where that is the same each time
     try:
-        gc.collect()
-        gc.freeze()  # a collection then costs what the program made, not what was imported
-        with follow(), warnings.catch_warnings():
+        with (
+            follow(),
+            patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", new=True),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", ResourceWarning)
             yield made
             made.close()
     finally:
         gc.unfreeze()
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = deterministic
+        if collects:
+            gc.enable()
 
 
 def run(program: Program, *, backend: str = "asyncio") -> Counter[str]:

@@ -44,18 +44,18 @@ def _smaller(program: Program) -> Iterator[Program]:
             yield replace(program, tasks=_with(program.tasks, number, less))
     for name in ("reclaim", "channels"):
         for parts in _fewer(getattr(program, name)):
-            yield replace(program, **{name: parts})
+            yield _replaced(program, name, parts)
     for components in _fewer(program.components):
         if components:
             yield replace(program, components=components)
     for name in ("settings", "probe"):
         for less in _plainer(getattr(program, name)):
-            yield replace(program, **{name: less})
+            yield _replaced(program, name, less)
     for name in ("reclaim", "channels", "components"):
         parts = getattr(program, name)
         for number, part in enumerate(parts):
             for less in _plainer(part):
-                yield replace(program, **{name: _with(parts, number, less)})
+                yield _replaced(program, name, _with(parts, number, less))
 
 
 def _fewer(parts: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -65,6 +65,10 @@ def _fewer(parts: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         for start in range(0, len(parts), size):
             yield parts[:start] + parts[start + size :]
         size //= 2
+
+
+def _replaced(value: Any, name: str, part: object) -> Any:
+    return replace(value, **{name: part})
 
 
 def _with(parts: tuple[Any, ...], number: int, part: object) -> tuple[Any, ...]:
@@ -84,7 +88,7 @@ def _smaller_steps(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
         if inner:
             yield steps[:number] + inner + steps[number + 1 :]
             for fewer in _smaller_steps(inner):
-                yield _with(steps, number, replace(step, steps=fewer))  # type: ignore[call-arg]
+                yield _with(steps, number, _replaced(step, "steps", fewer))
         for less in _plainer(step):
             yield _with(steps, number, less)
 
@@ -96,11 +100,11 @@ def _plainer(value: Any) -> Iterator[Any]:
         if field.name == "steps" or now == field.default:
             continue
         if isinstance(field.default, (bool, int, float, str, tuple, type(None))):
-            yield replace(value, **{field.name: field.default})
+            yield _replaced(value, field.name, field.default)
         if isinstance(now, tuple):
             for fewer in _fewer(now):
-                yield replace(value, **{field.name: fewer})
+                yield _replaced(value, field.name, fewer)
         elif isinstance(now, int) and not isinstance(now, bool):
             for less in sorted({1, now // 2, now - now // 10, now - 1}):
                 if 0 < less < now and not (isinstance(value, (Settings, Component)) and less < 2):
-                    yield replace(value, **{field.name: less})
+                    yield _replaced(value, field.name, less)

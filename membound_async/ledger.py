@@ -432,6 +432,8 @@ class Ledger(Quota):
                 self._charge(request)
                 settled.append(request)
                 self._place(request.account)
+                if request.source is not None:
+                    self._place(request.source)
         if not settled:
             return settled
         if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):

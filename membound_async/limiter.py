@@ -747,9 +747,11 @@ class MemoryLimiter(LimiterState):
         request = Request(account, account.minimum, Kind.ENTER)
         if self._mode != "strict" and not self._observe:
             with self._lock:
-                if self._ledger.refusal(request) is not None:
-                    self._ledger.force(request)
-                    return
+                forced = self._ledger.refusal(request) is not None
+                settled = self._ledger.force(request) if forced else []
+            self._wake(settled)
+            if forced:
+                return
         await self._acquire(request, None)
 
     def _leave(self, component: Component) -> None:
@@ -820,12 +822,13 @@ class MemoryLimiter(LimiterState):
                 await anyio.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
+            request.task = None
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
             self._tell_of_refusal(request, error)
             raise
-        request.owner = None
+        request.owner = request.task = None  # a heap may remember the request for long
         if grant is not None:
             grant._hold(request)
         return grant

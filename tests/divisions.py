@@ -46,18 +46,24 @@ class Component:
         return max(self.reserve(resource), self.used(resource))
 
     def used(self, resource: str) -> int:
-        live = self.live if resource == BYTES else 0
-        return max(self.granted.get(resource, 0), live)
+        granted = self.granted.get(resource, 0)
+        return max(granted, self.live) if resource == BYTES else granted
 
     def sent(self, resource: str) -> int:
-        return sum(self.in_flight.get(resource, {}).values())
+        by_sender = self.in_flight.get(resource)
+        return sum(by_sender.values()) if by_sender else 0
 
     def sent_by(self, resource: str, sender: str) -> int:
         return self.in_flight.get(resource, {}).get(sender, 0)
 
     def committed(self, resource: str) -> int:
         """``C``."""
-        return self.own(resource) + self.sent(resource)
+        by_sender = self.in_flight.get(resource)
+        sent = sum(by_sender.values()) if by_sender else 0
+        granted = self.granted.get(resource, 0)
+        if resource == BYTES:
+            return max(self.reserved, granted, self.live) + sent
+        return granted + sent
 
     def held(self, resource: str) -> int:
         """``s``."""

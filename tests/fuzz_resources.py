@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -496,7 +497,7 @@ class Pair:
         )
         for step in self.ledger.steps:
             request = step.request
-            must(request.state is step.state, f"{request.owner.ticket} is {request.state}")
+            must(request.state is step.state, f"{self.wish_of(request).ticket} is {request.state}")
             if step.state is State.IMPOSSIBLE:
                 must(not self.world.is_possible(self.waiting[request]), "it was possible")
                 self.forget(request)
@@ -505,7 +506,7 @@ class Pair:
 
     def admitted(self, step: Step) -> None:
         request = step.request
-        wish: Wish = request.owner
+        wish = self.wish_of(request)
         world = self.world
         name = f"{wish.ticket} admitted"
         if request in self.waiting:
@@ -552,7 +553,7 @@ class Pair:
                 if more and place in drawn_by_it:
                     must(
                         count <= limit or front in step.barriers,
-                        f"{name}: {count} of {place} were drawn past {front.owner.ticket}",
+                        f"{name}: {count} of {place} were drawn past {self.wish_of(front).ticket}",
                     )
                     self.passed[front][place] = count + more
         match wish.kind:
@@ -565,6 +566,15 @@ class Pair:
             case "request":
                 grant.amounts = dict(wish.amounts)
                 self.grants[wish.ticket] = grant
+
+    def wish_of(self, request: Request) -> Wish:
+        """Give what a request wants, in the words of the world."""
+        wish: Wish = request.owner
+        return wish
+
+    def place_among_barriers(self, step: Step, barrier: Request) -> int:
+        """Say where a barrier stood among others at that step."""
+        return barrier.arrival
 
     def counting(self, request: Request, step: Step) -> dict[Request, dict[Place, int]]:
         """The fronts that count what is admitted, and up to how much in each pool."""
@@ -598,12 +608,12 @@ class Pair:
                 continue
             barriers = [b for b in step.barriers if self.pools[place].order in b.orders]
             barriers += [request] if step.was_barrier else []
-            first = min(barriers, key=lambda each: each.arrival, default=request)
+            first = min(barriers, key=partial(self.place_among_barriers, step), default=request)
             if first is request or place not in needs.get(first, ()):
                 continue
             must(
                 place not in self.world.lacking(self.waiting[first]),
-                f"{name}: {first.owner.ticket} is a barrier that lacks {place}",
+                f"{name}: {self.wish_of(first).ticket} is a barrier that lacks {place}",
             )
 
     def is_behind_another_sender(self, front: Request) -> bool:

@@ -193,6 +193,19 @@ def state_of(ledger: Ledger) -> Any:
     return ledger.free, ledger.consumers, [(a.granted, a.excess, a.held) for a in accounts]
 
 
+def test_whose_bytes_are_transferred_out_of_order_needs_less_then() -> None:
+    ledger = Ledger(1000)  # a share of 1/2
+    for name, nbytes in {"root": 393, "a": 138}.items():
+        ledger.force(Request(ledger.account(name), nbytes))
+    ahead = asked(ledger, "b", 248, "1")
+    transfer = asked(ledger, "b", 138, "2", source=ledger.accounts["a"])
+    after = asked(ledger, "a", 235, "3")  # T = 2 * 235 + 138, and 470 once it holds nothing
+    assert ledger.suspend_order([transfer]) == [transfer]
+    assert ledger.free == 469
+    assert ledger.give_back(ledger.accounts["root"], 1) == [after]
+    assert ahead.state is State.WAITING
+
+
 def test_as_few_are_refused_as_will_do() -> None:
     def holders(*wanted: int) -> Any:
         ledger = ledger_with(a=300, b=300, c=300)

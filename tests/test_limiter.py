@@ -72,6 +72,52 @@ async def test_a_request_waits_until_its_threshold_is_free() -> None:
 
 
 @pytest.mark.virtual_time
+async def test_who_may_use_a_minimum_beyond_the_limit_is_woken_when_it_is_entered() -> None:
+    limiter = testing.limiter(1000, mode="permissive")
+    large = limiter.component("large", minimum=1200)
+    got: list[float] = []
+
+    async def use_it() -> None:
+        async with large.grant(400):  # T = 800, but only 500 are free
+            got.append(anyio.current_time() - began_at)
+
+    began_at = anyio.current_time()
+    async with anyio.create_task_group() as tasks, limiter.component("other").grant(500):
+        tasks.start_soon(use_it)
+        await anyio.sleep(1)
+        async with large:
+            await anyio.sleep(1)
+    assert got == [pytest.approx(1)]
+
+
+@pytest.mark.virtual_time
+async def test_a_request_that_is_over_keeps_nothing_of_its_task() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+    mine = a._account
+    holder = await limiter.component("holder").grant(500)
+
+    async def wait_in_vain() -> None:
+        async with a.grant(300):
+            pass
+
+    async def wait_for_less() -> None:
+        async with limiter.component("b").grant(255):
+            pass
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait_for_less)
+        async with anyio.create_task_group() as cancelled:
+            cancelled.start_soon(wait_in_vain)
+            await anyio.sleep(1)
+            cancelled.cancel_scope.cancel()
+        # A heap remembers it until it comes to the top, and a task remembers all it was doing.
+        old = [each for _, _, each in limiter._ledger.waiters.heads._heap if each.account is mine]
+        assert [request.task for request in old] == [None]
+        holder.release()
+
+
+@pytest.mark.virtual_time
 async def test_inside_a_component_first_in_first_out_and_grows_first() -> None:
     limiter = testing.limiter(1000, share=1)
     a = limiter.component("a")

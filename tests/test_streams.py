@@ -535,6 +535,30 @@ async def test_batches_dropped_after_a_break_go_without_a_word() -> None:
     assert logs == []
 
 
+@pytest.mark.virtual_time
+async def test_what_dropped_batches_have_read_ahead_is_given_back_without_a_collection() -> None:
+    limiter = testing.limiter(1000)
+    a = limiter.component("a")
+
+    holder = await limiter.component("holder").grant(500)
+
+    async def take_one() -> None:
+        batches = a.batches(Source(bytes(300)), max_seconds=10)
+        with anyio.move_on_after(1):
+            await anext(batches)  # which waits for memory, and its reader goes on with that
+        holder.release()
+        await anyio.sleep(1)
+        assert granted(a) >= 300
+
+    gc.disable()
+    try:
+        await take_one()
+        await anyio.sleep(1)
+        assert granted(a) == 0
+    finally:
+        gc.enable()
+
+
 async def test_batches_in_observation_are_only_ended_by_their_source() -> None:
     limiter = testing.limiter(1000, observe=True)
     a = limiter.component("a")

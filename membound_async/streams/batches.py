@@ -298,7 +298,7 @@ class _Batch(Generic[T]):
         for charge in self._charges:
             charge.release()
         self._items, self._charges, self._own = [], [], None
-        self._room, self._item = 0, NOTHING
+        self._room, self._item, self._error = 0, NOTHING, None
 
     async def aclose(self) -> None:
         """Close the source."""
@@ -320,7 +320,7 @@ class _Reader(Generic[T]):
         self.wanted = False
         self._loop: EventLoop | None = None
         self._task: Handle | None = None
-        self._running = self._started = self._closing = False
+        self._running = self._started = self._closing = self._abandoned = False
         self._parked: Any = None
         """Where the task waits until the batch is wanted."""
         self._waiting: list[Any] = []
@@ -365,7 +365,8 @@ class _Reader(Generic[T]):
 
     def abandon(self) -> None:
         """End the task, from a finaliser; the source is left as it is."""
-        if self._loop is not None and (self._running or self._timer is not None):
+        self._abandoned = True
+        if self._loop is not None:
             self._loop.call_soon(self._end)
 
     async def _changed(self, loop: EventLoop) -> None:
@@ -383,6 +384,8 @@ class _Reader(Generic[T]):
 
     def _end(self) -> None:
         self.stop_timer()
+        if self._abandoned and not self._running:
+            self._batch.drop()
         # A task that is cancelled before it begins would never close the source.
         if self._task is not None and (self._started or not self._closing):
             self._task.cancel()
@@ -429,7 +432,9 @@ class _Reader(Generic[T]):
                     finally:
                         self._parked = None
         except BaseException as error:
-            if not self._closing:
+            if self._abandoned:
+                batch.drop()  # now: the error and what it passed through hold each other
+            elif not self._closing:
                 batch.fail(error)
             raise
         finally:

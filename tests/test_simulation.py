@@ -140,7 +140,7 @@ def drift_is_not_subtracted(patch: pytest.MonkeyPatch) -> None:
         (withdrawn_in_vain, "grants of .*: .* not|were admitted, and never ended"),
         (barriers_are_ignored, "were drawn past|it does not come to an end|is a barrier"),
         (shrunken_in_vain, "grants of .*: .* not"),
-        (last_in_first_out, "not the first of its line"),
+        (last_in_first_out, "not the first of its line|could go on, but waits"),
         (drift_is_not_subtracted, "drift is 0"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_failure_is_printed_as_a_small_program_that_fails_by_itself(
     assert len(failures) == 1
     failure = failures[0]
     assert isinstance(failure, Failure)
-    assert len(repr(failure.program)) < len(repr(program(failure.seed))) / 2
+    assert len(repr(failure.program)) < len(repr(program(failure.seed))) / 1.5
     text = str(failure)
     assert text.startswith(f"seed {failure.seed} on asyncio: ")
     source = text[text.index("from tests.") :]

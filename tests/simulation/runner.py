@@ -200,6 +200,7 @@ class Performance:
         self.box: deque[MemoryGrant] = deque()
         self.box_changed = anyio.Event()
         self.channels: list[Any] = []
+        self.clones: list[Any] = []
         self.messages = [Messages() for _ in program.channels]
         self.finished: anyio.Event | None = None
         self.watch_wakes()
@@ -487,6 +488,11 @@ class Performance:
         for account in limiter._ledger.accounts.values():
             for each in account.holders.snapshot():
                 each._state = RELEASED
+        for end in [
+            *self.clones,
+            *(end for each in self.channels if not isinstance(each, Inbox) for end in each),
+        ]:
+            end._closed = True
         limiter._ledger = FollowedLedger(1 << 40)
         limiter._acquire = limiter._withdraw = limiter._give_back = limiter._leave = nothing
 
@@ -751,6 +757,7 @@ class Performance:
         if isinstance(channel, Inbox):
             return "nothing"
         source = channel[1].clone()
+        self.clones.append(source)
         self.messages[number].lost = True  # what an iterator has read ahead is lost with it
         await self.iterate(actor, step, source, step.items)
         return step.how
@@ -1107,6 +1114,7 @@ def machine(backend: str = "asyncio", seen: Counter[str] | None = None) -> Itera
             warnings.simplefilter("ignore", ResourceWarning)
             yield made
             made.close()
+            gc.collect()
     finally:
         gc.unfreeze()
         if collects:

@@ -606,6 +606,10 @@ class Books(Pair):
         assert isinstance(step, Followed)
         return step.ranks.get(barrier, barrier.arrival)
 
+    def check_barriers(self, step: Step, *arguments: Any) -> None:
+        if not self.wish_of(step.request).exclusive:  # who has the pool alone goes first
+            super().check_barriers(step, *arguments)
+
     def head(self, component: Component) -> Request | None:
         fronts = self.own_fronts(component)
         if fronts and fronts[0].exclusive:

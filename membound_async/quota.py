@@ -889,6 +889,8 @@ class Ledger(Pool):
         if line:
             whose = "component" if sender is None else "sender"
             reason = f"others of the {whose} wait already"
+        elif pool is None and sender is not None and _is_barred(stock):
+            reason = "another sender that has waited long goes first"
         elif pool is None:
             reason = "its firm limit" if sender is None else "the sender's part of its firm limit"
         elif lacks is None and self._need(request) <= 0:
@@ -915,6 +917,8 @@ class Ledger(Pool):
             rooms = [left - stock.granted]
             rooms += [reserve + self._allowed(stock, pool) for pool in stock.pools]
         else:
+            if _is_barred(stock):
+                return 0
             held = sender.held.get(stock, 0)
             p, q = self.rule.part(stock.senders + (not held))
             left -= max(stock.granted, stock.reserved)
@@ -1547,6 +1551,11 @@ class Ledger(Pool):
     def _is_plain(request: Request) -> bool:
         """Whether it asks for bytes of the limiter's pool only, for the component itself."""
         return request.sender is None and not request.also and not request.account.grouped
+
+
+def _is_barred(stock: Stock) -> bool:
+    """Whether one of those who send to a component goes before all others."""
+    return stock.among is not None and stock.among.first_barrier() is not None
 
 
 def _holds(account: Account) -> bool:

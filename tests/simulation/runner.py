@@ -397,12 +397,36 @@ class Performance:
             await self.finished.wait()
             return
         self.seen["programs that were cut short"] += 1
+        self.check_deadlock()
         for actor in self.actors:
             actor.scope.cancel()
         with anyio.move_on_after(PATIENCE_SECONDS):
             await self.finished.wait()
             return
         raise Broken("it does not end when it is cancelled")
+
+    def check_deadlock(self) -> None:
+        """Check that not all who are left wait for each other: one of them should be refused.
+
+        Who has got a grant that is nobody's to give back, who is in a component, and drift,
+        may be waited for.
+        """
+        left = [actor for actor in self.actors if not actor.done]
+        ledger = self.limiter._ledger
+        waiting = {request.task: request for request in self.books.waiting}
+        accounts = [*ledger.accounts.values()]
+        must(
+            not left
+            or self.box
+            or ledger.drift
+            or not all(actor.task in waiting for actor in left)
+            or any(actor.loose for actor in left)
+            or any(each.in_flight or each.live or each.reserved for each in accounts)
+            or any(request.also or request.gives_up for request in waiting.values())
+            or len(waiting) > len(left)
+            or any(each._holder not in waiting for each in self.limiter._held()),
+            "all who are left wait for each other",
+        )
 
     async def live(self, actor: Actor) -> None:
         if self.backend == "trio":

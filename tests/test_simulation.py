@@ -36,8 +36,8 @@ from tests.simulation.programs import (
 from tests.simulation.runner import run
 from tests.simulation.shrink import shrink
 
-ON_ASYNCIO = 400
-ON_TRIO = 100
+ON_ASYNCIO = 800
+ON_TRIO = 150
 
 
 @pytest.mark.parametrize(("backend", "count"), [("asyncio", ON_ASYNCIO), ("trio", ON_TRIO)])
@@ -204,7 +204,7 @@ def test_shrinking_stops_after_so_many_runs() -> None:
 
 
 def test_code_of_a_program_runs_by_itself() -> None:
-    for seed in range(200):
+    for seed in range(60):
         source = code(program(seed))
         assert all(len(line) <= 110 for line in source.splitlines())
         made: list[Program] = []

@@ -73,6 +73,8 @@ from .programs import (
 __all__ = ["Machine", "machine", "run"]
 
 PATIENCE_SECONDS = 8.0
+DEADLOCK_SECONDS = 1.0
+"""How long two looks for deadlocks take at the most."""
 MOST_TURNS = 20_000
 COLLECT_AFTER = 50
 """How many programs are run until garbage is collected."""
@@ -397,7 +399,10 @@ class Performance:
             await self.finished.wait()
             return
         self.seen["programs that were cut short"] += 1
-        self.check_deadlock()
+        before = self.seems_deadlocked()
+        if before is not None:
+            await anyio.sleep(2 * DEADLOCK_SECONDS)
+            must(self.seems_deadlocked() != before, "all who are left wait for each other")
         for actor in self.actors:
             actor.scope.cancel()
         with anyio.move_on_after(PATIENCE_SECONDS):
@@ -405,17 +410,20 @@ class Performance:
             return
         raise Broken("it does not end when it is cancelled")
 
-    def check_deadlock(self) -> None:
-        """Check that not all who are left wait for each other: one of them should be refused.
+    def seems_deadlocked(self) -> object:
+        """Say when all who are left wait for each other, so that one should soon be refused.
 
         Who has got a grant that is nobody's to give back, who is in a component, and drift,
         may be waited for.
+
+        Returns:
+            What is the same as long as nothing moves; None if they do not.
         """
         left = [actor for actor in self.actors if not actor.done]
         ledger = self.limiter._ledger
         waiting = {request.task: request for request in self.books.waiting}
         accounts = [*ledger.accounts.values()]
-        must(
+        if (
             not left
             or self.box
             or ledger.drift
@@ -424,9 +432,10 @@ class Performance:
             or any(each.in_flight or each.live or each.reserved for each in accounts)
             or any(request.also or request.gives_up for request in waiting.values())
             or len(waiting) > len(left)
-            or any(each._holder not in waiting for each in self.limiter._held()),
-            "all who are left wait for each other",
-        )
+            or any(each._holder not in waiting for each in self.limiter._held())
+        ):
+            return None
+        return ledger.moved, ledger.waiters.ended, ledger.waiters.count
 
     async def live(self, actor: Actor) -> None:
         if self.backend == "trio":

@@ -36,8 +36,8 @@ from tests.simulation.programs import (
 from tests.simulation.runner import run
 from tests.simulation.shrink import shrink
 
-ON_ASYNCIO = 800
-ON_TRIO = 150
+ON_ASYNCIO = 600
+ON_TRIO = 120
 
 
 @pytest.mark.parametrize(("backend", "count"), [("asyncio", ON_ASYNCIO), ("trio", ON_TRIO)])

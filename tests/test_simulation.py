@@ -24,9 +24,15 @@ from tests.simulation.invariants import Broken
 from tests.simulation.programs import (
     Cancel,
     Catch,
+    Change,
+    Channel,
     Component,
+    Enter,
     Grant,
     Program,
+    Put,
+    Receive,
+    Resize,
     Settings,
     Sleep,
     Task,
@@ -56,6 +62,48 @@ def test_the_same_seed_is_the_same_program_and_does_the_same() -> None:
     for seed in (3, 4, 5):
         assert run(program(seed)) == run(program(seed))
         assert run(program(seed), backend="trio") == run(program(seed), backend="trio")
+
+
+FOUND = {
+    "a transfer out of order left those waiting in its source who fitted then": Program(
+        seed=102070,
+        components=(Component("a"), Component("b", live=((0.1, 56),))),
+        tasks=(
+            Task((Grant(248, 1),), start=0.01),
+            Task((Sleep(0.25), Grant(235))),
+            Task(
+                (
+                    Grant(
+                        39,
+                        how="current",
+                        steps=(
+                            Change("grow", nbytes=354),
+                            Grant(138, steps=(Sleep(), Change("transfer", component=1))),
+                        ),
+                    ),
+                ),
+                start=0.01,
+            ),
+        ),
+    ),
+    "who could use a minimum beyond the limit was not woken": Program(
+        seed=209119,
+        settings=Settings(share="3/4", mode="permissive"),
+        components=(Component("b"), Component("a.b", minimum=155)),
+        channels=(Channel(),),
+        tasks=(
+            Task((Grant(1, steps=(Resize(154), Receive(steps=(Enter(1),)))),)),
+            Task((Put(1), Grant(115, 1))),
+        ),
+    ),
+}
+"""What programs have shown that was wrong, as small as they could be made."""
+
+
+@pytest.mark.parametrize("what", FOUND)
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_was_found_is_wrong_no_more(what: str, backend: str) -> None:
+    run(FOUND[what], backend=backend)
 
 
 # --- what is wrong is found

@@ -348,6 +348,7 @@ class MemoryGrant(GrantState):
         Raises:
             GrantReleased: it is not held (any more).
             GrantTooLarge: the other component could never have that much.
+            GrantDeadlock: as for ``grow()``.
             ValueError: it is in flight or shared or holds the pool alone.
         """
         target = self._target(component)

@@ -263,6 +263,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
 
         Raises:
             GrantTooLarge: a sender can never have that much in flight.
+            GrantDeadlock: all who hold memory wait for more, this task among them; see ``grow()``.
             QuotaExceeded: only with ``overflow="raise"``: there is no room now.
             GrantReleased: ``grant`` is not held any more.
             TypeError, ValueError: a size or an amount makes no sense, or nothing limits it.

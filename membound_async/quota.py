@@ -215,6 +215,8 @@ class Quota(Pool):
         if line:
             whose = "component" if sender is None else "sender"
             reason = f"others of the {whose} wait already"
+        elif pool is None and sender is not None and _is_barred(stock):
+            reason = "another sender that has waited long goes first"
         elif pool is None:
             reason = "its firm limit" if sender is None else "the sender's part of its firm limit"
         elif lacks is None and self._need(request) <= 0:
@@ -464,6 +466,8 @@ class Quota(Pool):
             rooms = [left - stock.granted]
             rooms += [reserve + self._allowed(stock, pool) for pool in stock.pools]
         else:
+            if _is_barred(stock):
+                return 0
             held = sender.held.get(stock, 0)
             p, q = self.rule.part(stock.senders + (not held))
             left -= max(stock.granted, stock.reserved)
@@ -525,3 +529,8 @@ class Quota(Pool):
                 what = "limit less baseline" if pool is self else f"{pool.limit} {pool.resource}"
                 return f"{part}{self.rule} of {what}"
         return f"{part}its firm limit"
+
+
+def _is_barred(stock: Stock) -> bool:
+    """Whether one of those who send to a component goes before all others."""
+    return stock.among is not None and stock.among.first_barrier() is not None

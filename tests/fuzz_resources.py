@@ -409,7 +409,10 @@ class Pair:
                 must(not self.world.is_possible(wish), "it would be possible")
                 return "too large"
             must(
-                not self.world.fits(wish) or bool(self.line_of(wish)) or self.is_closed_for(wish),
+                not self.world.fits(wish)
+                or bool(self.line_of(wish))
+                or self.is_closed_for(wish)
+                or self.is_behind_what_is_in_flight(wish),
                 f"refused without need: {error}",
             )
             return "refused"
@@ -616,6 +619,13 @@ class Pair:
                 f"{name}: {self.wish_of(first).ticket} is a barrier that lacks {place}",
             )
 
+    def is_behind_what_is_in_flight(self, wish: Wish) -> bool:
+        """Whether messages of another sender to the component go first, as it was passed."""
+        account = self.ledger.accounts[wish.component.name]
+        stocks = [stock for stock in account.stocks() if wish.amounts.get(stock.resource)]
+        barriers = [each.among.first_barrier() for each in stocks if each.among is not None]
+        return wish.sender is not None and any(each is not None for each in barriers)
+
     def is_behind_another_sender(self, front: Request) -> bool:
         """Whether somebody else's messages to the same component go first, as it was passed."""
         stocks = [stock for stock, amount in self.ledger._demands(front) if amount]
@@ -766,7 +776,8 @@ class Pair:
             return
         must(found == 0 or self.world.fits(wish), f"{found} are not available to {name}, {sender}")
         wish.amounts[BYTES] += 1
-        more = self.world.fits(wish) and not self.is_closed_for(wish)
+        behind = self.is_closed_for(wish) or self.is_behind_what_is_in_flight(wish)
+        more = self.world.fits(wish) and not behind
         must(not more, f"more than {found} are available to {name}, {sender}")
 
     def drain(self) -> None:

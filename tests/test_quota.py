@@ -20,6 +20,7 @@ import pytest
 from membound_async.exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
 from membound_async.ledger import NO_LIMIT, Account, Ledger
 from membound_async.waiters import Kind, Request, State
+from tests.fuzz_resources import Config, Pair
 from tests.quota_cases import CASES, DESIGN, OURS, Case
 
 
@@ -1502,3 +1503,33 @@ def test_whatever_comes_and_goes_little_is_remembered(
             assert_forgotten(ledger, 80)
     assert ledger.waiters.count == 2
     assert_forgotten(ledger, 80)
+
+
+def test_nothing_is_said_to_be_available_while_another_sender_goes_first() -> None:
+    config = Config(limit=42, share=Fraction(1), bypass=10)
+    ledger = replay_up_to(
+        config,
+        ("ask", 1, "a", "x", (("bytes", 30),)),
+        ("ask", 2, "a", "x", (("bytes", 33),)),
+        ("ask", 3, "a", None, (("bytes", 13),)),
+        ("ask", 4, "a", None, (("bytes", 30),)),
+        ("ask", 5, "a", "z", (("bytes", 33),)),
+        ("back", 1, ()),
+        ("back", 3, ()),
+        ("back", 2, ()),
+        ("ask", 6, "a", "y", (("bytes", 10),)),
+    )
+    a = ledger.accounts["a"]
+    y = ledger.sender(a, "y")
+    assert ledger.available(a, y) == 0
+    with pytest.raises(QuotaExceeded, match="another sender that has waited long") as caught:
+        ledger.request_nowait(Request(a, 1, sender=y))
+    assert caught.value.available_bytes == 0
+
+
+def replay_up_to(config: Config, *operations: tuple[Any, ...]) -> Ledger:
+    """Do these, and leave everything as it is."""
+    pair = Pair(config)
+    for operation in operations:
+        pair.apply(operation)
+    return pair.ledger

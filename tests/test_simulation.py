@@ -24,9 +24,15 @@ from tests.simulation.invariants import Broken
 from tests.simulation.programs import (
     Cancel,
     Catch,
+    Change,
+    Channel,
     Component,
+    Enter,
     Grant,
     Program,
+    Put,
+    Receive,
+    Resize,
     Settings,
     Sleep,
     Task,
@@ -36,8 +42,8 @@ from tests.simulation.programs import (
 from tests.simulation.runner import run
 from tests.simulation.shrink import shrink
 
-ON_ASYNCIO = 400
-ON_TRIO = 100
+ON_ASYNCIO = 600
+ON_TRIO = 120
 
 
 @pytest.mark.parametrize(("backend", "count"), [("asyncio", ON_ASYNCIO), ("trio", ON_TRIO)])
@@ -56,6 +62,48 @@ def test_the_same_seed_is_the_same_program_and_does_the_same() -> None:
     for seed in (3, 4, 5):
         assert run(program(seed)) == run(program(seed))
         assert run(program(seed), backend="trio") == run(program(seed), backend="trio")
+
+
+FOUND = {
+    "a transfer out of order left those waiting in its source who fitted then": Program(
+        seed=102070,
+        components=(Component("a"), Component("b", live=((0.1, 56),))),
+        tasks=(
+            Task((Grant(248, 1),), start=0.01),
+            Task((Sleep(0.25), Grant(235))),
+            Task(
+                (
+                    Grant(
+                        39,
+                        how="current",
+                        steps=(
+                            Change("grow", nbytes=354),
+                            Grant(138, steps=(Sleep(), Change("transfer", component=1))),
+                        ),
+                    ),
+                ),
+                start=0.01,
+            ),
+        ),
+    ),
+    "who could use a minimum beyond the limit was not woken": Program(
+        seed=209119,
+        settings=Settings(share="3/4", mode="permissive"),
+        components=(Component("b"), Component("a.b", minimum=155)),
+        channels=(Channel(),),
+        tasks=(
+            Task((Grant(1, steps=(Resize(154), Receive(steps=(Enter(1),)))),)),
+            Task((Put(1), Grant(115, 1))),
+        ),
+    ),
+}
+"""What programs have shown that was wrong, as small as they could be made."""
+
+
+@pytest.mark.parametrize("what", FOUND)
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_was_found_is_wrong_no_more(what: str, backend: str) -> None:
+    run(FOUND[what], backend=backend)
 
 
 # --- what is wrong is found
@@ -140,7 +188,7 @@ def drift_is_not_subtracted(patch: pytest.MonkeyPatch) -> None:
         (withdrawn_in_vain, "grants of .*: .* not|were admitted, and never ended"),
         (barriers_are_ignored, "were drawn past|it does not come to an end|is a barrier"),
         (shrunken_in_vain, "grants of .*: .* not"),
-        (last_in_first_out, "not the first of its line"),
+        (last_in_first_out, "not the first of its line|could go on, but waits"),
         (drift_is_not_subtracted, "drift is 0"),
     ],
 )
@@ -164,7 +212,7 @@ def test_a_failure_is_printed_as_a_small_program_that_fails_by_itself(
     assert len(failures) == 1
     failure = failures[0]
     assert isinstance(failure, Failure)
-    assert len(repr(failure.program)) < len(repr(program(failure.seed))) / 2
+    assert len(repr(failure.program)) < len(repr(program(failure.seed))) / 1.5
     text = str(failure)
     assert text.startswith(f"seed {failure.seed} on asyncio: ")
     source = text[text.index("from tests.") :]
@@ -204,7 +252,7 @@ def test_shrinking_stops_after_so_many_runs() -> None:
 
 
 def test_code_of_a_program_runs_by_itself() -> None:
-    for seed in range(200):
+    for seed in range(60):
         source = code(program(seed))
         assert all(len(line) <= 110 for line in source.splitlines())
         made: list[Program] = []

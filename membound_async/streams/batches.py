@@ -68,6 +68,8 @@ class Batches(OneConsumer[list[T]]):
             item is not known or makes no sense.
         GrantTooLarge: from the iterator: an item can never be granted, not even alone. It is
             left out; the next list can be asked for.
+        GrantDeadlock: from the iterator: the same, because all who hold memory wait for more,
+            this task among them; see ``grow()``.
     """
 
     def __init__(

@@ -216,5 +216,7 @@ def bounded(
         ValueError: ``ahead`` or a size makes no sense.
         GrantTooLarge: from the iterator: an item can never be granted. It is left out; the
             next one can be asked for.
+        GrantDeadlock: from the iterator: the same, because all who hold memory wait for more,
+            this task among them; see ``grow()``.
     """
     return Bounded(source, size=size, ahead=ahead, component=component)

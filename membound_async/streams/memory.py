@@ -90,6 +90,7 @@ class MemorySendStream(_End, anyio.abc.ObjectSendStream[T]):
 
         Raises:
             GrantTooLarge: a sender to the component can never have that much in flight.
+            GrantDeadlock: all who hold memory wait for more, this task among them; see ``grow()``.
             TypeError, ValueError: the size of the item is not known or makes no sense.
             anyio.ClosedResourceError: this stream is closed, or was closed meanwhile.
             anyio.BrokenResourceError: all receive streams are closed, or were meanwhile.

@@ -444,7 +444,7 @@ class Books(Pair):
             except QuotaExceeded as error:
                 needed = not self.world.fits(wish) or self.line_of(wish) or self.is_closed_for(wish)
                 must(
-                    needed or self.is_behind_in_flight(wish),
+                    needed or self.is_behind_what_is_in_flight(wish),
                     f"refused without need: {error}",
                 )
                 raise
@@ -466,13 +466,6 @@ class Books(Pair):
         must(self.world.measured < self.world.limit or not self.bytes_of(wish), "M >= L")
         self.settled([request, *settled])
         del self.limbo[request]
-
-    def is_behind_in_flight(self, wish: Asked) -> bool:
-        """Whether messages of another sender to the component go first, as it was passed."""
-        account = self.ledger.accounts[wish.component.name]
-        stocks = [stock for stock in account.stocks() if wish.amounts.get(stock.resource)]
-        barriers = [each.among.first_barrier() for each in stocks if each.among is not None]
-        return wish.sender is not None and any(each is not None for each in barriers)
 
     def force(self, request: Request, force: Callable[[Request], list[Request]]) -> list[Request]:
         with self.operation("force"):
@@ -605,6 +598,10 @@ class Books(Pair):
     def place_among_barriers(self, step: Step, barrier: Request) -> int:
         assert isinstance(step, Followed)
         return step.ranks.get(barrier, barrier.arrival)
+
+    def check_barriers(self, step: Step, *arguments: Any) -> None:
+        if not self.wish_of(step.request).exclusive:  # who has the pool alone goes first
+            super().check_barriers(step, *arguments)
 
     def head(self, component: Component) -> Request | None:
         fronts = self.own_fronts(component)

@@ -73,6 +73,8 @@ from .programs import (
 __all__ = ["Machine", "machine", "run"]
 
 PATIENCE_SECONDS = 8.0
+DEADLOCK_SECONDS = 1.0
+"""How long two looks for deadlocks take at the most."""
 MOST_TURNS = 20_000
 COLLECT_AFTER = 50
 """How many programs are run until garbage is collected."""
@@ -200,6 +202,7 @@ class Performance:
         self.box: deque[MemoryGrant] = deque()
         self.box_changed = anyio.Event()
         self.channels: list[Any] = []
+        self.clones: list[Any] = []
         self.messages = [Messages() for _ in program.channels]
         self.finished: anyio.Event | None = None
         self.watch_wakes()
@@ -396,12 +399,43 @@ class Performance:
             await self.finished.wait()
             return
         self.seen["programs that were cut short"] += 1
+        before = self.seems_deadlocked()
+        if before is not None:
+            await anyio.sleep(2 * DEADLOCK_SECONDS)
+            must(self.seems_deadlocked() != before, "all who are left wait for each other")
         for actor in self.actors:
             actor.scope.cancel()
         with anyio.move_on_after(PATIENCE_SECONDS):
             await self.finished.wait()
             return
         raise Broken("it does not end when it is cancelled")
+
+    def seems_deadlocked(self) -> object:
+        """Say when all who are left wait for each other, so that one should soon be refused.
+
+        Who has got a grant that is nobody's to give back, who is in a component, and drift,
+        may be waited for.
+
+        Returns:
+            What is the same as long as nothing moves; None if they do not.
+        """
+        left = [actor for actor in self.actors if not actor.done]
+        ledger = self.limiter._ledger
+        waiting = {request.task: request for request in self.books.waiting}
+        accounts = [*ledger.accounts.values()]
+        if (
+            not left
+            or self.box
+            or ledger.drift
+            or not all(actor.task in waiting for actor in left)
+            or any(actor.loose for actor in left)
+            or any(each.in_flight or each.live or each.reserved for each in accounts)
+            or any(request.also or request.gives_up for request in waiting.values())
+            or len(waiting) > len(left)
+            or any(each._holder not in waiting for each in self.limiter._held())
+        ):
+            return None
+        return ledger.moved, ledger.waiters.ended, ledger.waiters.count
 
     async def live(self, actor: Actor) -> None:
         if self.backend == "trio":
@@ -487,6 +521,11 @@ class Performance:
         for account in limiter._ledger.accounts.values():
             for each in account.holders.snapshot():
                 each._state = RELEASED
+        for end in [
+            *self.clones,
+            *(end for each in self.channels if not isinstance(each, Inbox) for end in each),
+        ]:
+            end._closed = True
         limiter._ledger = FollowedLedger(1 << 40)
         limiter._acquire = limiter._withdraw = limiter._give_back = limiter._leave = nothing
 
@@ -751,6 +790,7 @@ class Performance:
         if isinstance(channel, Inbox):
             return "nothing"
         source = channel[1].clone()
+        self.clones.append(source)
         self.messages[number].lost = True  # what an iterator has read ahead is lost with it
         await self.iterate(actor, step, source, step.items)
         return step.how
@@ -1107,6 +1147,7 @@ def machine(backend: str = "asyncio", seen: Counter[str] | None = None) -> Itera
             warnings.simplefilter("ignore", ResourceWarning)
             yield made
             made.close()
+            gc.collect()
     finally:
         gc.unfreeze()
         if collects:

@@ -24,16 +24,21 @@ def shrink(program: Program, fails: Callable[[Program], bool], *, most_runs: int
         most_runs: how many to run at the most.
     """
     left = most_runs
+    start, is_smaller = 0, False
     while True:
-        for smaller in _smaller(program):
+        for place, smaller in enumerate(_smaller(program)):
+            if place < start:
+                continue  # that did not help a moment ago
             left -= 1
             if left < 0:
                 return program
             if fails(smaller):
-                program = smaller
+                program, start, is_smaller = smaller, place, True
                 break
         else:
-            return program
+            if not is_smaller:
+                return program
+            start, is_smaller = 0, False
 
 
 def _smaller(program: Program) -> Iterator[Program]:

@@ -60,7 +60,8 @@ class Holders:
 
     def add(self, grant: MemoryGrant) -> None:
         """Note that a grant is held."""
-        self._references.add(ref(grant))
+        # Of one that is garbage in a cycle, the finaliser does not find this reference.
+        self._references.add(ref(grant, self._references.discard))
 
     def discard(self, grant: MemoryGrant) -> None:
         """Note that it is not held any more."""

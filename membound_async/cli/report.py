@@ -178,7 +178,7 @@ _OBSERVED = (
 
 def _components(numbers: LimiterStatistics, columns: int) -> list[str]:
     """Give the components that did or declared anything as lines, the largest first."""
-    tracked = () if numbers.tracking == "off" else _TRACKED
+    tracked = _TRACKED if numbers.tracking in ("on", "displaced") else ()
     parts = _BOUNDS_AND_GRANTS + tracked + (_OBSERVED if numbers.observe else _ACTED)
     rows = [
         (component, [part.cell(component) for part in parts])

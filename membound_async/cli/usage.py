@@ -144,7 +144,7 @@ def columns_for(width: int, statistics: LimiterStatistics, sort: str = "urgency"
     columns = [
         column
         for column in COLUMNS.values()
-        if column.name != "live" or statistics.tracking != "off"
+        if column.name != "live" or statistics.tracking in ("on", "displaced")
     ]
     left = width - max(NARROWEST_NAME, width // 5)
     chosen: list[Column] = []

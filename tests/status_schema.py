@@ -53,6 +53,8 @@ def close(schema: dict[str, Any], comments: dict[str, str]) -> None:
     assert schema["type"] == "object"
     assert schema["required"] == [*schema["properties"]]
     schema["additionalProperties"] = False
+    if "description" in schema:  # a docstring, which Python 3.13 has without its indentation
+        schema["description"] = inspect.cleandoc(schema["description"])
     for name, field in schema["properties"].items():
         if name in comments:
             field["description"] = comments[name]

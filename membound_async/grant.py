@@ -125,12 +125,14 @@ class MemoryGrant(GrantState):
     def _enter(self) -> Coroutine[Any, Any, Self]:
         return self._acquire(current_task())
 
-    def _acquire(self, holder: object = None, *, yields: bool = True) -> Coroutine[Any, Any, Self]:
+    def _acquire(
+        self, holder: object = None, *, has_yielded: bool = False
+    ) -> Coroutine[Any, Any, Self]:
         if self._begin():
             self._holder = holder
             limiter = self._component._limiter
             acquiring: Coroutine[Any, Any, Self] = limiter._acquire(
-                self._request(), self._timeout, self, yields=yields
+                self._request(), self._timeout, self, has_yielded=has_yielded
             )
             return acquiring
         if holder is not None:

@@ -447,7 +447,7 @@ class Inbox(anyio.abc.ObjectReceiveStream[Received[T]]):
             with sending.scope:  # which closing cancels
                 # Memory first: who waits for that must not keep a place from others.
                 if not handed_in:
-                    await charge._acquire(yields=False)  # or those behind might come first
+                    await charge._acquire(has_yielded=True)  # or those behind might come first
                 # Those that are admitted at once may run in any order.
                 await sending.is_next.wait()
                 if self._places is not None:

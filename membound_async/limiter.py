@@ -781,7 +781,7 @@ class MemoryLimiter(LimiterState):
         timeout: float | None,
         grant: MemoryGrant | None = None,
         *,
-        yields: bool = True,
+        has_yielded: bool = False,
     ) -> Any:
         """Wait until the request is admitted, and for the delay if there is pressure.
 
@@ -792,7 +792,7 @@ class MemoryLimiter(LimiterState):
             request: what to put to the ledger.
             timeout: how long to wait, in seconds.
             grant: who takes over what was charged.
-            yields: whether others may run first, if that is due.
+            has_yielded: whether the caller has just let others run, so that nobody comes first.
 
         Returns:
             The grant.
@@ -802,7 +802,9 @@ class MemoryLimiter(LimiterState):
             self._reclaim.refuse_reentry(request.account, request.nbytes)
             self._bind()
             now = self._now()
-            if now >= self._yield_at and yields:
+            if has_yielded:
+                self._has_yielded(now)
+            elif now >= self._yield_at:
                 self._has_yielded(now)  # already now, or all who come meanwhile would yield too
                 await anyio.lowlevel.checkpoint()
                 now = self._now()

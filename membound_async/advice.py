@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from .bounds import ROOT
 from .sizes import human_size
-from .statistics import ComponentStatistics, LimiterStatistics
+from .statistics import ComponentStatistics, LimiterStatistics, plain
 from .verifier import smallest_limit_bytes
 
 __all__ = [
@@ -108,8 +108,8 @@ class Advice:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the same as plain dicts and lists, ready for ``json.dumps``."""
-        plain = asdict(self)
-        return {**plain, "notes": [*self.notes], "components": [*plain["components"]]}
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 def advise(statistics: LimiterStatistics) -> Advice:
@@ -208,30 +208,30 @@ def _bounds(
     roomy = handsome_size(HEADROOM * seen)
     if not minimum and firm is None:
         minimum = handsome_size(seen / 4)
-        both = f"minimum {_plain(minimum)} and firm {_plain(roomy)}"
+        both = f"minimum {_size(minimum)} and firm {_size(roomy)}"
         return minimum, roomy, [f"declares nothing, {both} would do"]
     changes: list[str] = []
     if minimum > MORE * roomy:
         minimum = roomy
-        changes.append(f"minimum {_plain(minimum)} would do")
+        changes.append(f"minimum {_size(minimum)} would do")
     if firm is not None and seen > firm:
         firm = roomy
-        changes.append(f"needs firm {_plain(firm)}")
+        changes.append(f"needs firm {_size(firm)}")
     elif held_up and firm is not None and one.peak_granted_bytes >= 0.9 * firm:
         firm = handsome_size(MORE * firm)
-        changes.append(f"its firm limit holds it up, firm {_plain(firm)} would let it through")
+        changes.append(f"its firm limit holds it up, firm {_size(firm)} would let it through")
     elif held_up:
         wanted = handsome_size(seen / 2)
         if firm is not None:
             wanted = min(wanted, firm)
         if wanted > minimum:
             minimum = wanted
-            changes.append(f"the pool holds it up, minimum {_plain(minimum)} would keep it going")
+            changes.append(f"the pool holds it up, minimum {_size(minimum)} would keep it going")
         else:
             changes.append("the pool holds it up, not its own bounds: the limit is short")
     elif firm is not None and firm > MORE * roomy and firm > minimum:
         firm = max(roomy, minimum)
-        changes.append(f"firm {_plain(firm)} would do")
+        changes.append(f"firm {_size(firm)} would do")
     return minimum, firm, changes
 
 
@@ -255,9 +255,9 @@ def _facts(
 ) -> str:
     granted = f"granted peak {human_size(one.peak_granted_bytes)}"
     if one.firm_limit_bytes is not None:
-        granted += f" of firm {_plain(one.firm_limit_bytes)}"
+        granted += f" of firm {_size(one.firm_limit_bytes)}"
     elif one.minimum_bytes:
-        granted += f", minimum {_plain(one.minimum_bytes)}"
+        granted += f", minimum {_size(one.minimum_bytes)}"
     facts = [f"{granted} in {time_in_words(seconds)}"]
     if one.peak_live_bytes > one.peak_granted_bytes:
         facts.append(f"live peak {human_size(one.peak_live_bytes)}")
@@ -300,12 +300,12 @@ def _of_the_limit(
     proposed: int | None = None
     if peak > effective:
         proposed = _limit_for(max(HEADROOM * peak, floor), numbers)
-        notes.append(f"{measured}: a limit of {_plain(proposed)} would leave room")
+        notes.append(f"{measured}: a limit of {_size(proposed)} would leave room")
     elif minimums > available:
         proposed = _limit_for(floor, numbers)
         notes.append(
             f"the minimums add up to {human_size(minimums)}, but the limit leaves "
-            f"{human_size(available)}: they need a limit of {_plain(proposed)}"
+            f"{human_size(available)}: they need a limit of {_size(proposed)}"
         )
     elif numbers.components and not any(
         one.waited_seconds or one.refusals or (one.verdict == "too little seen" and one.requests)
@@ -314,13 +314,13 @@ def _of_the_limit(
         enough = _limit_for(max(HEADROOM * peak, numbers.baseline_bytes + firm_limits), numbers)
         if numbers.limit_bytes > MORE * enough:
             proposed = enough
-            notes.append(f"{measured}, and nobody waited: a limit of {_plain(proposed)} would do")
+            notes.append(f"{measured}, and nobody waited: a limit of {_size(proposed)} would do")
     if proposed is None and firm_limits > available > 0:
         overcommit = math.ceil(10 * firm_limits / available) / 10
         notes.append(
             f"the firm limits add up to {human_size(firm_limits)}, but the limit leaves "
             f"{human_size(available)}: together they need overcommit {overcommit:g}, or a limit "
-            f"of {_plain(_limit_for(numbers.baseline_bytes + firm_limits, numbers))}"
+            f"of {_size(_limit_for(numbers.baseline_bytes + firm_limits, numbers))}"
         )
     if numbers.drift_bytes > DRIFT_PART * effective:
         notes.append(
@@ -337,7 +337,7 @@ def _limit_for(effective_bytes: float, numbers: LimiterStatistics) -> int:
 # --- words
 
 
-def _plain(nbytes: int) -> str:
+def _size(nbytes: int) -> str:
     """Say a size in as few digits as it has: ``"80 MiB"``, ``"1.25 GiB"``."""
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

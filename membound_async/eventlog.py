@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields
@@ -25,10 +27,10 @@ class EventLog:
 
     Args:
         interval_seconds: for how long the same is not written again.
-        now: the clock, in seconds.
+        now: a clock that never goes back, in seconds.
     """
 
-    def __init__(self, interval_seconds: float, now: Callable[[], float]) -> None:
+    def __init__(self, interval_seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._interval_seconds = interval_seconds
         self._now = now
         self._kinds: dict[type[Event], _Kind] = {}
@@ -64,13 +66,11 @@ class _Kind:
 
     def is_due(self, about: str, now: float, interval_seconds: float) -> bool:
         """Whether another may be written; note it."""
-        # A limiter that goes to another event loop has another clock: late is no reason.
-        same = self._written_at.get(about)
-        first = self._last[0] if len(self._last) == BURST else None
-        for before in (same, first):
-            if before is not None and 0 <= now - before < interval_seconds:
-                self.suppressed[about] += 1
-                return False
+        same = self._written_at.get(about, -math.inf)
+        first = self._last[0] if len(self._last) == BURST else -math.inf
+        if now - max(same, first) < interval_seconds:
+            self.suppressed[about] += 1
+            return False
         self._written_at[about] = now
         self._last.append(now)
         return True

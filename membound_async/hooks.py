@@ -16,9 +16,9 @@ is had at once is no event, so hooks cost nothing while memory is plenty.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 from .events import log
 from .exceptions import GrantError
@@ -183,10 +183,8 @@ class Hooks:
     def remove(self, hook: Hook) -> None:
         """Tell that hook no more; of one that was added twice, once."""
         hooks = [*self._hooks]
-        if hook in hooks:
-            hooks.reverse()
+        with suppress(ValueError):
             hooks.remove(hook)
-            hooks.reverse()
         self._hooks = tuple(hooks)
 
     def tell(self, event: Event) -> None:
@@ -202,7 +200,7 @@ class Hooks:
                     )
 
 
-class Hooked:
+class Hooked(AbstractContextManager["Hooked"]):
     """A hook that was added; ``remove()``, or the end of a ``with`` block, takes it away."""
 
     def __init__(self, hooks: Hooks, hook: Hook) -> None:
@@ -215,13 +213,5 @@ class Hooked:
             self._hooks.remove(self._hook)
             self._hooks = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()

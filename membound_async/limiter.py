@@ -21,6 +21,7 @@ from .bounds import ROOT
 from .component import Component
 from .context import Scope, current_component, current_scope, entered_limiters, installed_limiters
 from .deadlocks import waiting_holders
+from .drift import DriftWatch
 from .eventlog import EventLog
 from .eventloop import EventLoop, Handle, ThreadPlace, current_task, running_loop
 from .events import log
@@ -90,9 +91,6 @@ __all__ = ["MemoryLimiter", "current_limiter"]
 
 LIMIT_LOOK_SECONDS = 1.0
 """How often a limit that may change is read again, at most."""
-
-DRIFT_PART = 10
-"""Drift is told of again when it has risen by this part of the effective limit."""
 
 UNTANGLE_SECONDS = 0.01
 """How soon to look again at who waits for whom, after something was done about it."""
@@ -214,10 +212,10 @@ class MemoryLimiter(LimiterState):
         self._untangled = False
         """Whether something was done about a deadlock, so that the next look is soon."""
         self._stalls = StallWatch(self.settings.stall_after_seconds)
-        clock = lambda: self._now()  # noqa: E731, PLW0108  another one in another event loop
-        self._hooks = Hooks(EventLog(self.settings.log_interval_seconds, clock))
+        self._hooks = Hooks(EventLog(self.settings.log_interval_seconds))
         self._made_at = time.monotonic()
-        self._drift_told = 0
+        self._drift = DriftWatch()
+        self._limit_is_read = True
         self._live = LiveBytes()
         self._reclaim = Reclaim(self)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
@@ -1195,18 +1193,10 @@ class MemoryLimiter(LimiterState):
         with self._lock:
             settled = self._observe_reading(measured, now)
         self._wake(settled)
-        self._look_at_drift()
-        self._reclaim.look(now)
-
-    def _look_at_drift(self) -> None:
-        """Tell of drift that has become more since it was last told."""
         ledger = self._ledger
-        drift: int = ledger.drift
-        if drift > self._drift_told + ledger.limit // DRIFT_PART:
-            self._drift_told = drift
-            self._hooks.tell(DriftRose(drift, ledger.measured, ledger.free))
-        elif drift < self._drift_told // 2:
-            self._drift_told = drift
+        if self._drift.has_risen(ledger.drift, ledger.limit):
+            self._hooks.tell(DriftRose(ledger.drift, ledger.measured, ledger.free))
+        self._reclaim.look(now)
 
     def _observe_reading(self, measured: int, now: float) -> list[Request]:
         """Take a reading into account; with the lock held."""
@@ -1250,9 +1240,11 @@ class MemoryLimiter(LimiterState):
             if limit_bytes != self._limit.limit_bytes:
                 self._resize(limit_bytes, self._limit.source)
         except (OSError, InvalidLimit) as error:
-            log().warning("membound.limit_not_read", error=str(error))
-            if isinstance(error, OSError):
-                self._limit_look_at = math.inf
+            if self._limit_is_read:
+                log().warning("membound.limit_not_read", error=str(error))
+            self._limit_is_read = False
+        else:
+            self._limit_is_read = True
 
     def _lift_barrier(self, now: float) -> None:
         """Lift the first barrier if it was not served for long: it may wait for ever."""

@@ -19,6 +19,7 @@ __all__ = [
     "ReclaimerStatistics",
     "ResourceStatistics",
     "WaitingRequest",
+    "plain",
 ]
 
 
@@ -164,8 +165,8 @@ class LimiterStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the same as plain dicts and lists, ready for ``json.dumps``."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,17 +209,17 @@ class WaitingRequest:
     is_barrier: bool
 
 
-def _plain(value: object) -> Any:
-    """Give plain dicts and lists, in half the time of ``dataclasses.asdict``, which copies."""
+def plain(value: object) -> Any:
+    """Give plain dicts and lists; in half the time of ``dataclasses.asdict``, which copies."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in cast("dict[str, object]", value).items()}
+        return {key: plain(each) for key, each in cast("dict[str, object]", value).items()}
     if isinstance(value, tuple):
-        return [_plain(each) for each in cast("tuple[object, ...]", value)]
+        return [plain(each) for each in cast("tuple[object, ...]", value)]
     if not is_dataclass(value):
         return value
     names, read = _reader(cast("Hashable", type(value)))
     return {
-        name: each if type(each) in _ATOMS else _plain(each)
+        name: each if type(each) in _ATOMS else plain(each)
         for name, each in zip(names, read(value), strict=True)
     }
 

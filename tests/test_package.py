@@ -21,7 +21,7 @@ LAYERS = (
     {"integrations", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
-    {"eventlog", "holdings"},
+    {"drift", "eventlog", "holdings"},
     {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},
     {"deadlocks"},
@@ -36,6 +36,7 @@ LAYERS = (
 PURE = {
     "advice",
     "deadlocks",
+    "drift",
     "ledger",
     "quota",
     "rules",

@@ -103,26 +103,29 @@ say(before, held, found.probe.read())
 def test_page_cache_does_not_move_it(cgroup, tmp_path):
     if _is_in_memory(tmp_path):
         pytest.skip(f"{tmp_path} is in memory (tmpfs), so its files are no page cache")
-    big = tmp_path / "big"
-    with big.open("wb") as file:
-        file.write(bytes(40 * MIB))
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # ours does not count
-    before, after = run(
-        cgroup,
-        """
+    for attempt in range(5):  # on a busy machine, some pages of a file may stay ours
+        big = tmp_path / f"big{attempt}"
+        with big.open("wb") as file:
+            file.write(bytes(40 * MIB))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # ours does not count
+        before, after = run(
+            cgroup,
+            """
 before = found.probe.read()
 with open(sys.argv[1], "rb", buffering=0) as file:
     while file.read(64 << 10):
         pass
 say(before, found.probe.read())
 """,
-        str(big),
-    )
-    # It stays charged to the cgroup of the process that read it first; on a busy machine, a few
-    # pages of it may still have been ours.
-    assert cgroup.page_cache_bytes > 30 * MIB
-    assert abs(after - before) < NEAR
+            str(big),
+        )
+        assert abs(after - before) < NEAR
+        # It stays charged to the cgroup of the process that read it first.
+        if cgroup.page_cache_bytes > 40 * MIB - NEAR:
+            return
+        big.unlink()
+    pytest.fail("no file's pages were charged to the cgroup that read it")
 
 
 def test_kernel_memory_counts(cgroup):

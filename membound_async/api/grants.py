@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from membound_async.limiter import MemoryLimiter
-from membound_async.statistics import HeldGrant, WaitingRequest
+from membound_async.statistics import plain
 
 from .queries import Query
 
@@ -41,7 +40,7 @@ def describe_grants(limiter: MemoryLimiter, query: Query) -> dict[str, Any]:
             "total_bytes": statistics.granted_bytes + statistics.in_flight_bytes,
             "skip": held_skip,
             "limit": held_limit,
-            "items": [_plain(grant) for grant in held],
+            "items": [plain(grant) for grant in held],
         },
         "waiting": {
             "total": statistics.waiting,
@@ -49,13 +48,9 @@ def describe_grants(limiter: MemoryLimiter, query: Query) -> dict[str, Any]:
             "oldest_wait_seconds": statistics.oldest_wait_seconds,
             "skip": waiting_skip,
             "limit": waiting_limit,
-            "items": [_plain(request) for request in waiting],
+            "items": [plain(request) for request in waiting],
         },
     }
-
-
-def _plain(described: HeldGrant | WaitingRequest) -> dict[str, Any]:
-    return {field.name: getattr(described, field.name) for field in fields(described)}
 
 
 def _page(query: Query, which: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from membound_async.limiter import MemoryLimiter
 from membound_async.sizes import format_size
-from membound_async.statistics import LimiterStatistics
+from membound_async.statistics import LimiterStatistics, plain
 
 __all__ = ["ComponentUsage", "StatusSnapshot"]
 
@@ -82,22 +82,8 @@ class StatusSnapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the same as plain dicts and lists, ready for ``json.dumps``."""
-        return {
-            "membound_version": self.membound_version,
-            "pid": self.pid,
-            "unix_seconds": self.unix_seconds,
-            "status": self.status,
-            "reason": self.reason,
-            "components": {
-                path: {
-                    "minimum_required_bytes": usage.minimum_required_bytes,
-                    "firm_limit_bytes": usage.firm_limit_bytes,
-                    "actual_live_bytes": usage.actual_live_bytes,
-                }
-                for path, usage in self.components.items()
-            },
-            "limiter": self.limiter.to_dict(),
-        }
+        values: dict[str, Any] = plain(self)
+        return values
 
     def to_json(self) -> bytes:
         """Give the same as one line of JSON."""

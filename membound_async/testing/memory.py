@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from membound_async import allocator
 from membound_async.bounds import ROOT
@@ -271,7 +271,7 @@ class FakeMemory:
         return self._seconds
 
 
-class Allocation:
+class Allocation(AbstractContextManager["Allocation"]):
     """What a test has allocated; ``free()``, or the end of a ``with`` block, ends it."""
 
     def __init__(self, free: Callable[[], None]) -> None:
@@ -283,13 +283,5 @@ class Allocation:
             self._free()
             self._free = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.free()

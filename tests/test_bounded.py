@@ -253,8 +253,10 @@ class TestHanging:
         async def pipeline():
             component = current_limiter().component("decode", firm_limit="5MiB")
             first = await component.grant("3MiB")
-            await component.grant("3MiB")
-            first.release()
+            try:
+                await component.grant("3MiB")
+            finally:
+                first.release()
 
         failure = failure_of(pipeline, limit="64MiB", backend=backend, timeout=30)
         assert failure.report.seconds == pytest.approx(30)

@@ -170,6 +170,19 @@ class Component:
     # --- entering and leaving
 
     async def __aenter__(self) -> Self:
+        """Wait until its minimum can be reserved, and reserve it, once for all who are in it.
+
+        Does not wait where that is done already, or where there is no minimum. Cancelled while
+        it waits, it reserves nothing.
+
+        Raises:
+            InsufficientMinimumMemory, FirmLimitExceedsAvailable, InvalidComponentBounds: the
+                declared bounds do not fit, and the limiter's mode is ``"strict"``.
+            GrantTooLarge: the minimum exceeds what there can be, in that mode.
+            GrantDeadlock: all who hold memory wait for more, this task among them; see ``grow()``.
+            ReclaimReentry: called from a reclaimer that is to give memory back.
+            LimitError: the limiter is in use by another event loop.
+        """
         node = self._resolve()
         await node._limiter._enter(node)
         current_scope.set(Scope(self, current_scope.get(), enter_group(self.path)))

@@ -931,6 +931,7 @@ HEADERS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @hypothesis.given(
     path=PATHS,

@@ -168,6 +168,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "sink"])
 def test_names_the_one_that_leaks(name):
     status, printed = run(f"--leak={name}", "--seconds=8", "--rounds=0")
@@ -176,6 +177,7 @@ def test_names_the_one_that_leaks(name):
     assert max(map(len, printed.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_names_nobody_where_nobody_leaks():
     status, printed = run("--leak=none", "--seconds=6", "--rounds=2")
     assert status == 0, printed

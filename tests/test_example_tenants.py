@@ -29,6 +29,7 @@ def example() -> ModuleType:
 tenants = example()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sizes of socket buffers")
 def test_the_others_keep_their_throughput_with_quotas_alone():
     alone, bare, bounded = (

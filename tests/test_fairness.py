@@ -20,6 +20,7 @@ def of(attack: fairness.Attack) -> str:
     return attack.name
 
 
+@pytest.mark.slow
 def test_without_an_attack_all_get_the_same_and_the_receiver_has_no_rest():
     alone = through_inbox()
     assert alone.throughput == pytest.approx(1.5 / 0.001124, rel=0.01)
@@ -27,6 +28,7 @@ def test_without_an_attack_all_get_the_same_and_the_receiver_has_no_rest():
     assert alone.jain_index > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", FLOODS, ids=of)
 def test_a_flood_leaves_the_others_nine_tenths_and_more(attack):
     alone, attacked = through_inbox(), through_inbox(attack)
@@ -37,6 +39,7 @@ def test_a_flood_leaves_the_others_nine_tenths_and_more(attack):
     assert attacked.peak_bytes <= LIMIT_BYTES
 
 
+@pytest.mark.slow
 def test_the_largest_messages_get_a_fifth():
     # A large message waits until a whole limit of others has passed, and then is let in before
     # all others: a quarter of the limit for each limit of others.

@@ -995,6 +995,7 @@ TestLedgerAgainstModel = RealLedgerAgainstModel.TestCase
 TestLedgerAgainstModel.settings = SHORT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_ledger_does_as_the_model_for_many_steps(seed: int) -> None:
     assert fuzz(20_000, seed, LedgerAdapter) is None

@@ -409,6 +409,7 @@ def errors(values: dict[str, Any], writer: Callable[[Any], str]) -> dict[str, fl
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_decoded_json_is_about_right(writer: str) -> None:
     wrong = errors(documents(), WRITERS[writer])
@@ -417,6 +418,7 @@ def test_decoded_json_is_about_right(writer: str) -> None:
     assert 0 < sum(wrong.values()) / len(wrong) < 0.1  # rather too much
 
 
+@pytest.mark.slow
 def test_decoded_json_of_unlike_parts() -> None:
     random, values = Random(3), documents()
     mixed = {

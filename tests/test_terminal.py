@@ -68,7 +68,14 @@ class Terminal:
         self._do("send-keys", key)
 
     def resize(self, columns: int, lines: int) -> None:
+        """Have it another size; the programs in it are told."""
         self._do("resize-window", "-x", str(columns), "-y", str(lines))
+        device = self._do("display-message", "-p", "#{pane_tty}").strip()
+        until = time.monotonic() + PATIENCE_SECONDS
+        with Path(device).open("rb", buffering=0) as terminal:
+            while os.get_terminal_size(terminal.fileno()) != (columns, lines):
+                assert time.monotonic() < until, "tmux has not resized it"
+                time.sleep(0.01)
 
     def screen(self, *, escapes: bool = False) -> list[str]:
         """Give the lines that are shown, those that are empty at the end left out."""

@@ -138,7 +138,9 @@ class _Live:
         self._ask()  # in sight of the shell if that fails
         if self._seen is None:
             raise ServiceError(self._trouble)
-        signal.signal(signal.SIGWINCH, self._tell)
+        # Who waits below is woken by any signal, also by one that comes just before it waits.
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGWINCH, _note)
         for ending in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, _end)
         asker = threading.Thread(target=self._ask_again, name="membound top", daemon=True)
@@ -201,10 +203,14 @@ class _Live:
         else:
             self._trouble = ""
 
-    def _tell(self, *_: object) -> None:
+    def _tell(self) -> None:
         """Have it drawn anew."""
         with suppress(BlockingIOError):  # it has been told already
             os.write(self._wake, b"\n")
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: that there was a signal is enough to have it drawn anew."""
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

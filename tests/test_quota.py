@@ -394,6 +394,8 @@ def test_alone_has_at_least_what_the_rule_gives():
     assert (ledger.most(a), ledger.most_alone(a)) == (50, 30)
     ledger.too_large(Request(a, 51, alone=True), 50, "a share of 1/2")
     ledger.waiting(a, 50, alone=True)
+    ledger.resize(60)
+    assert (ledger.most(a), ledger.most_alone(a)) == (30, 0)
 
 
 def test_why_not_now():
@@ -1274,6 +1276,25 @@ def test_how_much_is_missing(wanted: int, missing: int):
     account = ledger.open("a", minimum=10)
     ledger.resize(70)  # R = 60
     assert ledger.missing(Request(account, wanted)) == missing
+
+
+def test_of_several_resources_the_first_that_is_short_is_missing_else_the_shortest():
+    for limit, nbytes, fds, missing in (
+        (100, 10, 2, -6),  # 20 - 100, 4 - 10
+        (100, 10, 5, 0),  # 20 - 100, 10 - 10
+        (100, 50, 6, 2),  # 100 - 100, 12 - 10
+        (99, 50, 6, 1),  # 100 - 99, 12 - 10
+    ):
+        ledger = Bench(limit, others={"fds": 10})
+        request = Request(ledger.open("a"), nbytes, also={"fds": fds})
+        assert (ledger.missing(request), ledger.threshold(request)) == (missing, 2 * nbytes)
+
+
+def test_what_is_limited_is_known():
+    ledger = Bench(others={"fds": 10})
+    a, b = ledger.account("a", others={"slots": 3}), ledger.account("b")
+    assert [ledger.knows(a, each) for each in ("bytes", "fds", "slots", "?")] == [True] * 3 + [False]
+    assert not ledger.knows(b, "slots")
 
 
 def test_how_much_is_missing_to_enter():

@@ -1290,10 +1290,35 @@ def test_of_several_resources_the_first_that_is_short_is_missing_else_the_shorte
         assert (ledger.missing(request), ledger.threshold(request)) == (missing, 2 * nbytes)
 
 
+def test_what_a_request_waits_for():
+    ledger = Bench(bypass_limit=10)
+    a, b, c = ledger.open_all("abc")
+    ledger.held(a, 30)
+    ledger.waiting(c, 36)  # T = 72
+    ledger.held(b, 11)  # R = 59, T = 2n + 11
+    for nbytes, waits_for in ((23, ("turn", 0)), (24, ("turn", 0)), (25, ("bytes", 2))):
+        assert ledger.waits_for(Request(b, nbytes)) == waits_for
+    ledger = Bench(99)
+    assert ledger.waits_for(Request(ledger.open("a"), 50)) == ("bytes", 1)
+
+
+def test_how_much_is_missing_up_to_the_firm_limit():
+    ledger = Bench(1000, share=Fraction(2, 3))
+    a = ledger.open("a", firm=40)
+    ledger.held(a, 10)
+    ledger.held(a, 5, sender=ledger.sender(a, "x"))
+    assert ledger.waits_for(Request(a, 26)) == ("firm limit", 1)
+    for nbytes, missing in ((17, 1), (18, 2)):  # half of 3 * n, rounded up, of 40 - 10 - 5
+        request = Request(a, nbytes, sender=ledger.sender(a, "y"))
+        assert ledger.waits_for(request) == ("firm limit", missing)
+
+
 def test_what_is_limited_is_known():
     ledger = Bench(others={"fds": 10})
     a, b = ledger.account("a", others={"slots": 3}), ledger.account("b")
-    assert [ledger.knows(a, each) for each in ("bytes", "fds", "slots", "?")] == [True] * 3 + [False]
+    assert [ledger.knows(a, each) for each in ("bytes", "fds", "slots", "?")] == [True] * 3 + [
+        False
+    ]
     assert not ledger.knows(b, "slots")
 
 
@@ -1546,6 +1571,7 @@ def test_nothing_is_said_to_be_available_while_another_sender_goes_first() -> No
     with pytest.raises(QuotaExceeded, match="another sender that has waited long") as caught:
         ledger.request_nowait(Request(a, 1, sender=y))
     assert caught.value.available_bytes == 0
+    assert ledger.waits_for(Request(a, 1, sender=y)) == ("firm limit", 0)
 
 
 def replay_up_to(config: Config, *operations: tuple[Any, ...]) -> Ledger:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 os.environ["MEMBOUND_EXTENSION"] = "no"  # the defects are in the code in Python
 
-from tests.mutation.bench import PACKAGE, Found, Killer, attempt
+from tests.mutation.bench import PACKAGE, attempt
 from tests.mutation.defects import DEFECTS, Defect
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.killers import by_chance, simulated, unit_tests, with_tests
@@ -104,9 +104,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="which ones")
     options = parser.parse_args()
     if options.mutants:
-        trying = partial(
-            try_mutants, options.mutants, options.words, options.sample, options.seed
-        )
+        trying = partial(try_mutants, options.mutants, options.words, options.sample, options.seed)
         return with_tests(OF_LEDGER, trying) > 0
     chosen = [each for each in DEFECTS if all(word in each.name for word in options.words)]
     return with_tests(OF_LIMITER, partial(try_defects, chosen)) > 0

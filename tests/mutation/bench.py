@@ -112,7 +112,7 @@ def _be_copy(
         signal.setitimer(signal.ITIMER_PROF, killer.cpu_seconds)  # whose signal is the end
         try:
             reason = killer.check()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  a broken package may raise anything
             reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             found = asdict(Found(killer.name, reason[:400]))

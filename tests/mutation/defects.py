@@ -188,8 +188,8 @@ DEFECTS = (
     Defect(
         "the pool stays with a grant that had it alone",
         "ledger.py",
-        "            self._exclusive = None\n            self._closed = bool(self.waiters.barriers)\n",
-        "            self._closed = bool(self.waiters.barriers)\n",
+        "_exclusive = None\n            self._closed = bool(self.waiters.barriers)\n",
+        "_closed = bool(self.waiters.barriers)\n",
     ),
     # --- who comes in
     Defect(
@@ -207,20 +207,20 @@ DEFECTS = (
     Defect(
         "a reading lets nobody in",
         "ledger.py",
-        "self._set_capacity(self.limit, drift, committed, highest)\n        return self._dispatch()",
-        "self._set_capacity(self.limit, drift, committed, highest)\n        return []",
+        "drift, committed, highest)\n        return self._dispatch()",
+        "drift, committed, highest)\n        return []",
     ),
     Defect(
         "a barrier is put up one byte too early",
         "ledger.py",
-        "while (front := order.counting.first()) is not None and order.counting[front] < least:",
-        "while (front := order.counting.first()) is not None and order.counting[front] <= least:",
+        "order.counting[front] < least:",
+        "order.counting[front] <= least:",
     ),
     Defect(
         "a barrier is put up one byte too late",
         "ledger.py",
-        "while (front := order.counting.first()) is not None and order.counting[front] < least:",
-        "while (front := order.counting.first()) is not None and order.counting[front] + 1 < least:",
+        "order.counting[front] < least:",
+        "order.counting[front] + 1 < least:",
     ),
     Defect(
         "what is granted out of turn passes nobody",
@@ -342,8 +342,8 @@ DEFECTS = (
     Defect(
         "who comes in when a component is left is not woken",
         "limiter.py",
-        "            out = account.granted if not account.entries else 0\n        self._wake(settled)\n",
-        "            out = account.granted if not account.entries else 0\n",
+        "if not account.entries else 0\n        self._wake(settled)\n",
+        "if not account.entries else 0\n",
     ),
     Defect(
         "who is cancelled while he enters stays in",
@@ -393,8 +393,8 @@ DEFECTS = (
     Defect(
         "the grow of a grant that was released meanwhile is kept",
         "grant.py",
-        '        limiter._give_back(request)\n        raise GrantReleased(self._component.path, "grow")',
-        '        raise GrantReleased(self._component.path, "grow")',
+        'limiter._give_back(request)\n        raise GrantReleased(self._component.path, "grow")',
+        'raise GrantReleased(self._component.path, "grow")',
     ),
     Defect(
         "what was split off is held twice",

@@ -1,4 +1,4 @@
-"""Mutants that do the same as what they are made of: no check can find them. Why, by their names."""
+"""Mutants that do what the module does, and why, by name: no check can find them."""
 
 from __future__ import annotations
 

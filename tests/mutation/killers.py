@@ -25,9 +25,11 @@ PREPARED = (
     "tests.fuzz_resources",
     "tests.simulation.campaign",
 )
-OPTIONS = ("-x", "-s", "-p", "no:cacheprovider", "-p", "no:terminal")
-OPTIONS += ("-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml"))
-OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+OPTIONS: tuple[str, ...] = (
+    *("-x", "-s", "-p", "no:cacheprovider", "-p", "no:terminal"),
+    *("-o", "addopts=--import-mode=importlib", "-c", str(ROOT / "pyproject.toml")),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
+)
 
 
 # --- random operations and programs

@@ -377,6 +377,16 @@ def test_what_could_never_be():
     grant = ledger.held(a, 30)
     ledger.too_large(ledger.grow(grant, 26), 55, "a share")
     assert ledger.growing(grant, 25, now=True).state is State.ADMITTED
+    ledger.too_large(Request(ledger.open("none", firm=0), 1), 0, "its firm limit")
+
+
+def test_what_could_never_be_had_alone():
+    ledger = Bench(share=Fraction(1), others={"fds": 10})
+    account = ledger.open("a")
+    ledger.too_large(Request(account, 101, alone=True), 100, "a share of 1 of limit")
+    ledger = Bench(others={"fds": 10})
+    request = Request(ledger.open("a"), 60, alone=True, also={"fds": 9})
+    ledger.too_large(request, 5, "a share of 1/2 of 10 fds")
 
 
 def test_below_its_minimum_the_minimum_can_be_had():
@@ -423,6 +433,17 @@ def test_why_not_now():
     ledger.refused(b, 1, "waited long")
     ledger.request_nowait(Request(b, 0))
     del ours
+
+
+def test_why_a_sender_s_is_not_given_now():
+    ledger = Bench()
+    account = ledger.open("a", firm=40)
+    ledger.held(account, 30)
+    sender = ledger.sender(account, "x")
+    reason = "the sender's part of its firm limit"
+    with pytest.raises(QuotaExceeded, match=reason) as caught:
+        ledger.request_nowait(Request(account, 6, sender=sender))
+    assert (caught.value.available_bytes, ledger.available(account, sender)) == (5, 5)
 
 
 # --- firm limits
@@ -703,6 +724,32 @@ def test_two_that_wait_to_enter_are_in_with_one_reserve():
     assert ledger.leave(a) == entries
     assert (b.entries, b.reserved, ledger.free) == (2, 40, 60)
     assert (entries[0].pooled, entries[1].pooled) == (True, False)
+
+
+def test_the_second_of_two_who_wait_to_enter_needs_nothing_more():
+    ledger = Bench()
+    a, b = ledger.account("a", minimum=100), ledger.open("b")
+    held = ledger.held(b, 50)
+    entries = [ledger.entering(a), ledger.entering(a)]
+    assert ledger.back(held) == entries
+    assert (ledger.free, a.entries) == (0, 2)
+
+
+def test_entering_draws_nothing_though_more_is_out_than_there_is():
+    ledger = Bench()
+    a, b = ledger.open("a", minimum=10), ledger.account("b", minimum=10)
+    ledger.held(b, 30)  # more than the minimum already
+    ledger.resize(20)
+    for account in (a, b):
+        ledger.entering(account, now=True)
+    assert (ledger.free, a.entries, b.entries) == (-20, 2, 1)
+
+
+def test_a_minimum_must_fit_into_the_smallest_pool():
+    ledger = Bench()
+    account = ledger.account("a", minimum=41)
+    ledger.join(account, ledger.group({"bytes": 40}))
+    ledger.too_large(Request(account, 41, Kind.ENTER), 40, "limit less baseline")
 
 
 def test_an_entry_that_can_never_be():

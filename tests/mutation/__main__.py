@@ -32,19 +32,28 @@ if TYPE_CHECKING:
     import pytest
 
 OF_LEDGER = ("waiters", "quota", "holdings", "limiter", "transfer", "resources")
-OF_LIMITER = (*OF_LEDGER, "grant", "pressure", "deadlocks", "reclaim", "limits", "probes")
+OF_LIMITER = (
+    "grant",
+    "pressure",
+    "limiter",
+    "deadlocks",
+    "reclaim",
+    "limits",
+    "probes",
+    "transfer",
+)
+LEDGER = ("quota.py", "ledger.py", "waiters.py", "rules.py")
 COSTLY = "small_cost small_the_cost little_is_remembered hundreds_of_sequences"
 
 
 def try_defects(defects: Sequence[Defect], items: Sequence[pytest.Item]) -> int:
     """Try seeded defects; give how many survive."""
-    killers = [
-        simulated(range(800), 120),
-        *by_chance(1, 4),
-        unit_tests(items, OF_LIMITER, but=COSTLY),
-    ]
+    of_ledger = [*by_chance(1, 4), unit_tests(items, OF_LEDGER, but=COSTLY)]
+    of_limiter = [*by_chance(1, 4)[-1:], unit_tests(items, OF_LIMITER, but=COSTLY)]
     survived = 0
     for defect in defects:
+        others = of_ledger if defect.module in LEDGER else of_limiter
+        killers = [simulated(range(700), 120), *others]
         path = PACKAGE / defect.module
         code = compile(defect.source(path.read_text(encoding="utf-8")), path, "exec")
         found = attempt(path, code, killers)
@@ -107,7 +116,7 @@ def main() -> int:
         trying = partial(try_mutants, options.mutants, options.words, options.sample, options.seed)
         return with_tests(OF_LEDGER, trying) > 0
     chosen = [each for each in DEFECTS if all(word in each.name for word in options.words)]
-    return with_tests(OF_LIMITER, partial(try_defects, chosen)) > 0
+    return with_tests(OF_LEDGER + OF_LIMITER, partial(try_defects, chosen)) > 0
 
 
 if __name__ == "__main__":

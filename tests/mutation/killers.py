@@ -135,7 +135,7 @@ def unit_tests(items: Sequence[pytest.Item], files: Sequence[str], *, but: str =
         for item in items
         if item.path.stem == f"test_{name}" and not any(word in item.name for word in but.split())
     ]
-    return Killer("unit tests", partial(_run_tests, chosen, files), 120)
+    return Killer("unit tests", partial(_run_tests, chosen, files), 60)
 
 
 def _run_tests(items: Sequence[pytest.Item], files: Sequence[str]) -> str | None:

@@ -202,6 +202,25 @@ async def test_a_grant_that_is_dropped_is_given_back_and_warned_about() -> None:
     a.grant(1)  # never asked for: nothing to say
 
 
+@pytest.mark.virtual_time
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_who_waits_for_what_a_dropped_grant_holds_goes_on() -> None:
+    limiter = testing.limiter(1000)
+
+    async def wait(component: Component) -> None:
+        async with component.grant(300):
+            pass
+
+    dropped = [await limiter.component("a").grant(500)]
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, limiter.component("b"))
+            await anyio.sleep(1)
+            assert limiter.statistics().waiting == 1
+            dropped.clear()
+    assert limiter.statistics().waiting == 0
+
+
 def test_a_grant_that_is_dropped_without_a_loop() -> None:
     limiter = testing.limiter(1000)
     with pytest.warns(ResourceWarning):

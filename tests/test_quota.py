@@ -377,6 +377,16 @@ def test_what_could_never_be():
     grant = ledger.held(a, 30)
     ledger.too_large(ledger.grow(grant, 26), 55, "a share")
     assert ledger.growing(grant, 25, now=True).state is State.ADMITTED
+    ledger.too_large(Request(ledger.open("none", firm=0), 1), 0, "its firm limit")
+
+
+def test_what_could_never_be_had_alone():
+    ledger = Bench(share=Fraction(1), others={"fds": 10})
+    account = ledger.open("a")
+    ledger.too_large(Request(account, 101, alone=True), 100, "a share of 1 of limit")
+    ledger = Bench(others={"fds": 10})
+    request = Request(ledger.open("a"), 60, alone=True, also={"fds": 9})
+    ledger.too_large(request, 5, "a share of 1/2 of 10 fds")
 
 
 def test_below_its_minimum_the_minimum_can_be_had():
@@ -394,6 +404,8 @@ def test_alone_has_at_least_what_the_rule_gives():
     assert (ledger.most(a), ledger.most_alone(a)) == (50, 30)
     ledger.too_large(Request(a, 51, alone=True), 50, "a share of 1/2")
     ledger.waiting(a, 50, alone=True)
+    ledger.resize(60)
+    assert (ledger.most(a), ledger.most_alone(a)) == (30, 0)
 
 
 def test_why_not_now():
@@ -421,6 +433,17 @@ def test_why_not_now():
     ledger.refused(b, 1, "waited long")
     ledger.request_nowait(Request(b, 0))
     del ours
+
+
+def test_why_a_sender_s_is_not_given_now():
+    ledger = Bench()
+    account = ledger.open("a", firm=40)
+    ledger.held(account, 30)
+    sender = ledger.sender(account, "x")
+    reason = "the sender's part of its firm limit"
+    with pytest.raises(QuotaExceeded, match=reason) as caught:
+        ledger.request_nowait(Request(account, 6, sender=sender))
+    assert (caught.value.available_bytes, ledger.available(account, sender)) == (5, 5)
 
 
 # --- firm limits
@@ -701,6 +724,32 @@ def test_two_that_wait_to_enter_are_in_with_one_reserve():
     assert ledger.leave(a) == entries
     assert (b.entries, b.reserved, ledger.free) == (2, 40, 60)
     assert (entries[0].pooled, entries[1].pooled) == (True, False)
+
+
+def test_the_second_of_two_who_wait_to_enter_needs_nothing_more():
+    ledger = Bench()
+    a, b = ledger.account("a", minimum=100), ledger.open("b")
+    held = ledger.held(b, 50)
+    entries = [ledger.entering(a), ledger.entering(a)]
+    assert ledger.back(held) == entries
+    assert (ledger.free, a.entries) == (0, 2)
+
+
+def test_entering_draws_nothing_though_more_is_out_than_there_is():
+    ledger = Bench()
+    a, b = ledger.open("a", minimum=10), ledger.account("b", minimum=10)
+    ledger.held(b, 30)  # more than the minimum already
+    ledger.resize(20)
+    for account in (a, b):
+        ledger.entering(account, now=True)
+    assert (ledger.free, a.entries, b.entries) == (-20, 2, 1)
+
+
+def test_a_minimum_must_fit_into_the_smallest_pool():
+    ledger = Bench()
+    account = ledger.account("a", minimum=41)
+    ledger.join(account, ledger.group({"bytes": 40}))
+    ledger.too_large(Request(account, 41, Kind.ENTER), 40, "limit less baseline")
 
 
 def test_an_entry_that_can_never_be():
@@ -1276,6 +1325,50 @@ def test_how_much_is_missing(wanted: int, missing: int):
     assert ledger.missing(Request(account, wanted)) == missing
 
 
+def test_of_several_resources_the_first_that_is_short_is_missing_else_the_shortest():
+    for limit, nbytes, fds, missing in (
+        (100, 10, 2, -6),  # 20 - 100, 4 - 10
+        (100, 10, 5, 0),  # 20 - 100, 10 - 10
+        (100, 50, 6, 2),  # 100 - 100, 12 - 10
+        (99, 50, 6, 1),  # 100 - 99, 12 - 10
+    ):
+        ledger = Bench(limit, others={"fds": 10})
+        request = Request(ledger.open("a"), nbytes, also={"fds": fds})
+        assert (ledger.missing(request), ledger.threshold(request)) == (missing, 2 * nbytes)
+
+
+def test_what_a_request_waits_for():
+    ledger = Bench(bypass_limit=10)
+    a, b, c = ledger.open_all("abc")
+    ledger.held(a, 30)
+    ledger.waiting(c, 36)  # T = 72
+    ledger.held(b, 11)  # R = 59, T = 2n + 11
+    for nbytes, waits_for in ((23, ("turn", 0)), (24, ("turn", 0)), (25, ("bytes", 2))):
+        assert ledger.waits_for(Request(b, nbytes)) == waits_for
+    ledger = Bench(99)
+    assert ledger.waits_for(Request(ledger.open("a"), 50)) == ("bytes", 1)
+
+
+def test_how_much_is_missing_up_to_the_firm_limit():
+    ledger = Bench(1000, share=Fraction(2, 3))
+    a = ledger.open("a", firm=40)
+    ledger.held(a, 10)
+    ledger.held(a, 5, sender=ledger.sender(a, "x"))
+    assert ledger.waits_for(Request(a, 26)) == ("firm limit", 1)
+    for nbytes, missing in ((17, 1), (18, 2)):  # half of 3 * n, rounded up, of 40 - 10 - 5
+        request = Request(a, nbytes, sender=ledger.sender(a, "y"))
+        assert ledger.waits_for(request) == ("firm limit", missing)
+
+
+def test_what_is_limited_is_known():
+    ledger = Bench(others={"fds": 10})
+    a, b = ledger.account("a", others={"slots": 3}), ledger.account("b")
+    assert [ledger.knows(a, each) for each in ("bytes", "fds", "slots", "?")] == [True] * 3 + [
+        False
+    ]
+    assert not ledger.knows(b, "slots")
+
+
 def test_how_much_is_missing_to_enter():
     ledger = Bench()
     account = ledger.account("a", 130)
@@ -1525,6 +1618,7 @@ def test_nothing_is_said_to_be_available_while_another_sender_goes_first() -> No
     with pytest.raises(QuotaExceeded, match="another sender that has waited long") as caught:
         ledger.request_nowait(Request(a, 1, sender=y))
     assert caught.value.available_bytes == 0
+    assert ledger.waits_for(Request(a, 1, sender=y)) == ("firm limit", 0)
 
 
 def replay_up_to(config: Config, *operations: tuple[Any, ...]) -> Ledger:

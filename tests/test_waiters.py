@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from membound_async.stocks import BYTES, NO_LIMIT, Account, Pool
-from membound_async.waiters import Kind, Queue, Ranking, Request, State, Waiters
+from membound_async.waiters import Kind, Order, Queue, Ranking, Request, State, Waiters
 
 
 def account(name: str = "a") -> Account:
@@ -28,6 +28,9 @@ def test_a_request_as_it_is_made():
     request = Request(account(), 5)
     assert (request.nbytes, request.up_to, request.held) == (5, 5, 0)
     assert (request.kind, request.state) == (Kind.GRANT, State.NEW)
+    assert (request.arrival, request.asked_at, request.gives_up) == (0, 0.0, False)
+    assert (request.pooled, request.out_of_turn, request.barrier) == (False, False, False)
+    assert (request.alone, request.exclusive) == (False, False)
     assert Request(account(), 5, up_to=7).up_to == 7
     assert not hasattr(request, "__dict__")
 
@@ -191,6 +194,15 @@ def test_it_counts_who_may_have_the_pool_alone():
         assert waiters.alone == left
 
 
+def test_it_counts_who_waits_no_more():
+    waiters, owner = Waiters(), account()
+    requests = [waiting(waiters, owner) for _ in range(3)]
+    assert (waiters.ended, waiters.count) == (0, 3)
+    for ended, request in enumerate(requests, 1):
+        waiters.remove(request, State.CANCELLED)
+        assert (waiters.ended, waiters.count) == (ended, 3 - ended)
+
+
 def test_ranks():
     waiters = Waiters()
     requests = [waiting(waiters, account()) for _ in range(2)]
@@ -231,6 +243,19 @@ def test_a_front_counts_while_it_is_let():
     assert passed_by(waiters, front) == 15
 
 
+def test_what_is_granted_past_a_front_is_known_while_it_counts_and_while_it_does_not():
+    waiters = Waiters()
+    front = waiting(waiters, account())
+    assert waiters.bypassed_by(front) == 0
+    waiters.passed += 100
+    waiters.start_counting(front)
+    waiters.passed += 10
+    assert waiters.bypassed_by(front) == 10
+    waiters.stop_counting(front)
+    waiters.passed += 1000
+    assert waiters.bypassed_by(front) == 10
+
+
 def test_who_was_passed_most_is_first():
     waiters = Waiters()
     fronts = []
@@ -263,6 +288,29 @@ def test_barriers_are_in_order_of_arrival_and_count_no_more():
     assert waiters.first_barrier() is fronts[2]
     waiters.stop_counting(fronts[2])
     assert not waiters.barriers
+
+
+def test_a_barrier_with_a_place_goes_before_all_that_have_none():
+    waiters = Waiters()
+    old, second, first = fronts = [waiting(waiters, account()) for _ in range(3)]
+    for front, place in zip(fronts, (None, 1, 0), strict=True):
+        waiters.start_counting(front)
+        waiters.bar(front, place)
+    for front in (first, second, old):
+        assert waiters.first_barrier() is front
+        waiters.remove(front, State.ADMITTED)
+
+
+def test_who_is_forgotten_has_counted_nothing_and_is_no_barrier():
+    order = Order()
+    counting, paused, barrier = numbered(3)
+    for front in (counting, paused):
+        order.begin(front)
+    order.pause(paused)
+    order.barriers.put(barrier, 1)
+    for front in (counting, paused, barrier):
+        order.forget(front)
+    assert [len(each) for each in (order.counting, order.bypassed, order.barriers)] == [0, 0, 0]
 
 
 def test_lifted_it_counts_from_nothing():

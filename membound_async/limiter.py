@@ -37,6 +37,7 @@ from .exceptions import (
     UnknownComponent,
 )
 from .fastpath import ALONE, NEW, LimiterState
+from .forks import see_through_forks
 from .gauge import Gauge
 from .grant import PLAIN, MemoryGrant, Options, make_grant
 from .holdings import held_grants, waiting_requests
@@ -218,6 +219,7 @@ class MemoryLimiter(LimiterState):
         self._hooks = Hooks(EventLog(self.settings.log_interval_seconds, clock))
         self._made_at = time.monotonic()
         self._drift_told = 0
+        self._limit_failed = False
         self._live = LiveBytes()
         self._reclaim = Reclaim(self)
         self._yield_at = self._sample_at = self._limit_look_at = -math.inf
@@ -236,6 +238,7 @@ class MemoryLimiter(LimiterState):
         self._components: dict[str, Component] = {}
         self.root = self._node(ROOT)
         self._observe_reading(measured, self._now())
+        see_through_forks(self)
 
     @classmethod
     def noop(cls) -> Self:
@@ -821,16 +824,20 @@ class MemoryLimiter(LimiterState):
                 self._waited(request, now)
                 self._has_yielded(self._now())
             if self._delay:
-                await anyio.sleep(self._delay_of(request))
+                delay = self._delay_of(request)
+                with self._lock:
+                    self._arrives(request)
+                await anyio.sleep(delay)
         except BaseException as error:
             self._withdraw(request, now)
-            request.task = None
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
             self._tell_of_refusal(request, error)
             raise
-        request.owner = request.task = None  # a heap may remember the request for long
+        if request.owner is not None or request.arriving:
+            with self._lock:
+                self._has_arrived(request)
         if grant is not None:
             grant._hold(request)
         return grant
@@ -882,12 +889,15 @@ class MemoryLimiter(LimiterState):
                     self._look()
                 self._waited(request, now)
             if delay := self._delay_of(request):
+                with self._lock:
+                    self._arrives(request)
                 time.sleep(delay)
         except BaseException as error:
             self._withdraw(request, now)
             self._tell_of_refusal(request, error)
             raise
-        request.owner = None
+        with self._lock:
+            self._has_arrived(request)
 
     def _tell_of_refusal(self, request: Request, error: BaseException) -> None:
         if isinstance(error, GrantError):
@@ -924,6 +934,19 @@ class MemoryLimiter(LimiterState):
         told.pop(who, None)
         if not told:
             self._impatient.pop(account, None)
+
+    def _arrives(self, request: Request) -> None:
+        """Note that nobody uses yet what was charged; with the lock held."""
+        if not request.arriving:
+            request.arriving = True
+            self._ledger.arriving += request.nbytes
+
+    def _has_arrived(self, request: Request) -> None:
+        """Note that it is used from now on, or never; with the lock held."""
+        request.owner = request.task = None  # a heap may remember the request for long
+        if request.arriving:
+            request.arriving = False
+            self._ledger.arriving -= request.nbytes
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
@@ -984,11 +1007,12 @@ class MemoryLimiter(LimiterState):
                 self._add(self._wait_seconds, request.account, self._now() - since)
                 settled = self._ledger.cancel(request)
             elif request.state is not State.ADMITTED:
-                return
+                settled = []
             elif request.kind is Kind.ENTER:
                 settled = self._ledger.leave(request.account)
             else:
                 settled = list(self._ledger.undo(request))
+            self._has_arrived(request)
         self._wake(settled)
 
     def _sender(self, account: Account, name: Hashable | None) -> Sender | None:
@@ -1036,6 +1060,13 @@ class MemoryLimiter(LimiterState):
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
+        settled = list(settled)
+        if not settled:
+            return
+        with self._lock:
+            for request in settled:
+                if request.owner is not None and request.state is State.ADMITTED:
+                    self._arrives(request)
         for request in settled:
             if request.out_of_turn and not request.alone:
                 log().info(
@@ -1087,6 +1118,20 @@ class MemoryLimiter(LimiterState):
             self._calm_until = -math.inf
             self._loop_token = running.token
         return running
+
+    def _forked(self) -> None:
+        """Go on in a child process, in which no event loop runs and nobody waits.
+
+        What was granted stays charged: the child has that memory, too.
+        """
+        self._loop = self._timer = self._reclaim.run = None
+        self._loop_token = self
+        self._now = time.monotonic
+        self._impatient.clear()
+        for request in reversed(self._ledger.all_waiting()):
+            request.owner = request.task = None
+            self._withdraw(request, request.asked_at)
+        self._ledger.arriving = 0
 
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
@@ -1217,7 +1262,7 @@ class MemoryLimiter(LimiterState):
         self._calm()
         settled = ledger.observe(
             measured,
-            pressed=measured > policy.threshold * limit,
+            pressed=measured + ledger.arriving > policy.threshold * limit,
             look_after=policy.unsampled_bytes(measured, limit),
             live=self._live.read(self._components, now, limit),
         )
@@ -1250,9 +1295,11 @@ class MemoryLimiter(LimiterState):
             if limit_bytes != self._limit.limit_bytes:
                 self._resize(limit_bytes, self._limit.source)
         except (OSError, InvalidLimit) as error:
-            log().warning("membound.limit_not_read", error=str(error))
-            if isinstance(error, OSError):
-                self._limit_look_at = math.inf
+            if not self._limit_failed:
+                log().warning("membound.limit_not_read", error=str(error))
+            self._limit_failed = True
+        else:
+            self._limit_failed = False
 
     def _lift_barrier(self, now: float) -> None:
         """Lift the first barrier if it was not served for long: it may wait for ever."""

@@ -342,7 +342,11 @@ class World:
         for name, amount in live.items():
             self.components[name].live = amount
         committed = self.committed()
-        self.highest = committed if pressed else max(self.highest, committed)
+        if pressed:
+            self.highest = committed
+        else:
+            gone = max(0, self.measured - measured)
+            self.highest = max(committed, min(self.highest - gone, measured - self.baseline))
         self.measured = measured
         self.drift = max(0, measured - self.baseline - self.highest)
 

@@ -524,8 +524,9 @@ class Ledger(Quota):
 
         Args:
             measured: ``M``.
-            pressed: M is above the pressure threshold, so heap that was granted once and
-                kept by the allocator counts as drift now: there is no room for it.
+            pressed: M and what arrives are above the pressure threshold, so heap that was
+                granted once and kept by the allocator counts as drift now: there is no room
+                for it. Below it, what M has fallen by was not kept.
             look_after: how much may be granted and given back until the next reading.
             live: what components' code really has allocated at this reading; those that are
                 not named have what they had.
@@ -534,10 +535,16 @@ class Ledger(Quota):
         for account, nbytes in live:
             self._note_live(account, nbytes)
         committed = self.committed
-        highest = committed if pressed else max(highest, committed)
+        if pressed:
+            highest = committed
+            in_use = measured + self.arriving
+        else:
+            kept = min(highest - max(0, self.measured - measured), measured - self.baseline)
+            highest = max(committed, kept)
+            in_use = measured
         self.measured = measured
         self.look_at = self.moved + look_after
-        drift = max(0, measured - self.baseline - highest)
+        drift = max(0, in_use - self.baseline - highest)
         self._set_capacity(self.limit, drift, committed, highest)
         return self._dispatch()
 

@@ -38,6 +38,7 @@ from .exceptions import (
     UnknownComponent,
 )
 from .fastpath import ALONE, NEW, LimiterState
+from .forks import see_through_forks
 from .gauge import Gauge
 from .grant import PLAIN, MemoryGrant, Options, make_grant
 from .holdings import held_grants, waiting_requests
@@ -234,6 +235,7 @@ class MemoryLimiter(LimiterState):
         self._components: dict[str, Component] = {}
         self.root = self._node(ROOT)
         self._observe_reading(measured, self._now())
+        see_through_forks(self)
 
     @classmethod
     def noop(cls) -> Self:
@@ -819,16 +821,19 @@ class MemoryLimiter(LimiterState):
                 self._waited(request, now)
                 self._has_yielded(self._now())
             if self._delay:
+                with self._lock:
+                    self._arrives(request)
                 await anyio.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
-            request.task = None
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
             self._tell_of_refusal(request, error)
             raise
-        request.owner = request.task = None  # a heap may remember the request for long
+        if request.owner is not None or request.arriving:
+            with self._lock:
+                self._has_arrived(request)
         if grant is not None:
             grant._hold(request)
         return grant
@@ -879,13 +884,16 @@ class MemoryLimiter(LimiterState):
                         break
                     self._look()
                 self._waited(request, now)
-            if delay := self._delay_of(request):
-                time.sleep(delay)
+            if self._delay:
+                with self._lock:
+                    self._arrives(request)
+                time.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
             self._tell_of_refusal(request, error)
             raise
-        request.owner = None
+        with self._lock:
+            self._has_arrived(request)
 
     def _tell_of_refusal(self, request: Request, error: BaseException) -> None:
         if isinstance(error, GrantError):
@@ -922,6 +930,19 @@ class MemoryLimiter(LimiterState):
         told.pop(who, None)
         if not told:
             self._impatient.pop(account, None)
+
+    def _arrives(self, request: Request) -> None:
+        """Note that nobody uses yet what was charged; with the lock held."""
+        if not request.arriving and request.kind is not Kind.ENTER:  # a minimum is only reserved
+            request.arriving = True
+            self._ledger.arriving += request.nbytes
+
+    def _has_arrived(self, request: Request) -> None:
+        """Note that it is used from now on, or never; with the lock held."""
+        request.owner = request.task = None  # a heap may remember the request for long
+        if request.arriving:
+            request.arriving = False
+            self._ledger.arriving -= request.nbytes
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
@@ -982,11 +1003,12 @@ class MemoryLimiter(LimiterState):
                 self._add(self._wait_seconds, request.account, self._now() - since)
                 settled = self._ledger.cancel(request)
             elif request.state is not State.ADMITTED:
-                return
+                settled = []
             elif request.kind is Kind.ENTER:
                 settled = self._ledger.leave(request.account)
             else:
                 settled = list(self._ledger.undo(request))
+            self._has_arrived(request)
         self._wake(settled)
 
     def _sender(self, account: Account, name: Hashable | None) -> Sender | None:
@@ -1034,6 +1056,13 @@ class MemoryLimiter(LimiterState):
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
+        settled = list(settled)
+        if not settled:
+            return
+        with self._lock:
+            for request in settled:
+                if request.owner is not None and request.state is State.ADMITTED:
+                    self._arrives(request)
         for request in settled:
             if request.out_of_turn and not request.alone:
                 log().info(
@@ -1085,6 +1114,20 @@ class MemoryLimiter(LimiterState):
             self._calm_until = -math.inf
             self._loop_token = running.token
         return running
+
+    def _forked(self) -> None:
+        """Go on in a child process, in which no event loop runs and nobody waits.
+
+        What was granted stays charged: the child has that memory, too.
+        """
+        self._loop = self._timer = self._reclaim.run = None
+        self._loop_token = self
+        self._now = time.monotonic
+        self._impatient.clear()
+        for request in reversed(self._ledger.all_waiting()):
+            request.owner = request.task = None
+            self._withdraw(request, request.asked_at)
+        self._ledger.arriving = 0
 
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
@@ -1207,7 +1250,7 @@ class MemoryLimiter(LimiterState):
         self._calm()
         settled = ledger.observe(
             measured,
-            pressed=measured > policy.threshold * limit,
+            pressed=measured + ledger.arriving > policy.threshold * limit,
             look_after=policy.unsampled_bytes(measured, limit),
             live=self._live.read(self._components, now, limit),
         )

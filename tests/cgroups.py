@@ -64,13 +64,17 @@ class MemoryCgroup:
 
     def set_limit(self, limit_bytes: int) -> None:
         """Change the limit, swap included where the kernel counts it."""
-        (self.path / _limit_file(self.version)).write_text(str(limit_bytes))
         swap, most = (
             ("memory.swap.max", 0)
             if self.version == 2
             else ("memory.memsw.limit_in_bytes", limit_bytes)
         )
-        with contextlib.suppress(OSError):  # no such file where swap is not counted
+        # Version 1 keeps the limit with swap at the other one or above: first to raise it, last to
+        # lower it. No such file where swap is not counted.
+        with contextlib.suppress(OSError):
+            (self.path / swap).write_text(str(most))
+        (self.path / _limit_file(self.version)).write_text(str(limit_bytes))
+        with contextlib.suppress(OSError):
             (self.path / swap).write_text(str(most))
 
     @property

@@ -338,13 +338,20 @@ class World:
                 component.add(resource, amount, wish.sender)
         self.note()
 
-    def observe(self, measured: int, live: dict[str, int], *, pressed: bool) -> None:
+    def observe(
+        self, measured: int, live: dict[str, int], *, pressed: bool, arriving: int = 0
+    ) -> None:
         for name, amount in live.items():
             self.components[name].live = amount
         committed = self.committed()
-        self.highest = committed if pressed else max(self.highest, committed)
+        if pressed:
+            self.highest = committed
+        else:
+            arriving = 0
+            gone = max(0, self.measured - measured)
+            self.highest = max(committed, min(self.highest - gone, measured - self.baseline))
         self.measured = measured
-        self.drift = max(0, measured - self.baseline - self.highest)
+        self.drift = max(0, measured + arriving - self.baseline - self.highest)
 
     def numbers(self) -> dict[str, object]:
         """Everything that anybody has, to compare."""

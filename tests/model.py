@@ -503,6 +503,7 @@ class Model:
 
     def observe(self, measured_bytes: int, live: Live = ()) -> Outcome:
         """Take a sample of the memory in use, and of what some components have allocated."""
+        fallen_bytes = max(0, self.measured_bytes - measured_bytes)
         self.measured_bytes = measured_bytes
         for component, live_bytes in live:
             self.components[component].live_bytes = live_bytes
@@ -510,7 +511,10 @@ class Model:
         if measured_bytes > THRESHOLD * self.limit_bytes:
             self.high_water_bytes = committed_bytes
         else:
-            self.high_water_bytes = max(self.high_water_bytes, committed_bytes)
+            self.high_water_bytes = max(
+                committed_bytes,
+                min(self.high_water_bytes - fallen_bytes, measured_bytes - self.baseline_bytes),
+            )
         unexplained_bytes = measured_bytes - self.baseline_bytes - self.high_water_bytes
         self.drift_bytes = max(0, unexplained_bytes)
         return self._done()

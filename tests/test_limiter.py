@@ -511,6 +511,41 @@ async def test_a_changed_container_limit_is_noticed(logs: list[Any]) -> None:
     assert limiter.statistics().limit_bytes == 700
 
 
+# --- what a reading cannot show
+
+
+@pytest.mark.virtual_time
+async def test_what_is_held_back_is_not_in_the_reading_and_hides_no_drift() -> None:
+    limiter = pressed(960 * MIB, share=1)
+
+    async def hold() -> None:
+        async with limiter.grant(30 * MIB):
+            await anyio.sleep(1)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(hold)
+        await anyio.sleep(0.001)
+        held_back = limiter.statistics()  # the 960 cannot be those 30
+        assert (held_back.drift_bytes, held_back.free_bytes) == (960 * MIB, 10 * MIB)
+        await anyio.sleep(0.5)
+        arrived = limiter.statistics()
+        assert (arrived.drift_bytes, arrived.free_bytes) == (930 * MIB, 40 * MIB)
+
+
+@pytest.mark.virtual_time
+async def test_memory_that_went_back_to_the_system_does_not_hide_drift_that_comes_later() -> None:
+    probe = testing.ScriptedProbe(0)
+    limiter = testing.limiter(1000, probe=probe, share=1)
+    grant = limiter.grant_nowait(500)
+    probe.set(500)
+    limiter.statistics()
+    grant.release()
+    probe.set(0)
+    limiter.statistics()
+    probe.set(300)
+    assert limiter.statistics().drift_bytes == 300
+
+
 # --- stalls
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"api", "cli", "pytest_plugin"},
     {"integrations", "metrics", "testing"},
     {"inbox", "streams", "accounts", "charges"},
-    {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context"},
+    {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context", "forks"},
     {"drift", "eventlog", "holdings"},
     {"hooks"},
     {"gauge", "limits", "probes", "events", "allocator"},

@@ -237,9 +237,11 @@ class FollowedLedger(Watched):
         if self.books is None:
             return observe(measured, pressed=pressed, look_after=look_after, live=live)
         with self.books.operation("observe"):
+            arriving = self.books.arriving()
+            must(pressed == (measured + arriving > 0.95 * self.limit), "pressed or not")
             settled = observe(measured, pressed=pressed, look_after=look_after, live=live)
             by_name = {account.name: nbytes for account, nbytes in live}
-            self.books.world.observe(measured, by_name, pressed=pressed)
+            self.books.world.observe(measured, by_name, pressed=pressed, arriving=arriving)
             self.books.settled(settled)
         return settled
 
@@ -732,6 +734,10 @@ class Books(Pair):
                         must(False, f"grants from {sender.name} to {name}: {held}, not {amount}")
         left = {key: amount for key, amount in found.items() if amount}
         must(not left, f"grants hold what no account has: {left}")
+
+    def arriving(self) -> int:
+        """Give the bytes that were admitted, and that nobody has got yet."""
+        return sum(wish.amounts.get(BYTES, 0) for wish in self.limbo.values())
 
     @staticmethod
     def check_inbox(inbox: Inbox[Any]) -> None:

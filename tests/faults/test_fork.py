@@ -1,0 +1,131 @@
+"""A process that forks while its limiter is in use: both sides go on, each with its own books."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+]
+
+PRELUDE = """
+import asyncio, faulthandler, multiprocessing, os, signal, sys, threading, warnings
+from membound_async import MemoryLimiter, allocator
+
+warnings.simplefilter("ignore")  # of a fork beside threads, as is wanted here
+faulthandler.register(signal.SIGALRM, chain=True)
+MIB = 2**20
+
+def forked(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # one that hangs says where, and dies
+        try:
+            work()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the child has failed"
+"""
+
+IN_USE = """
+if allocator.available:
+    allocator.install()
+
+async def main():
+    async with MemoryLimiter("256MiB", share=1) as limiter, limiter.component("work") as work:
+        kept = await work.grant("10MiB")
+        dropped = work.grant_nowait("1MiB")
+        everything = work.grant_nowait(MIB, up_to="256MiB")
+
+        async def wait():
+            async with work.grant("5MiB"):
+                pass
+
+        waiter = asyncio.create_task(wait())
+        while not limiter.statistics().waiting:
+            await asyncio.sleep(0)
+        before = limiter.statistics()
+
+        def in_child():
+            signal.alarm(20)
+            # What was granted is still charged here, and can be given back here.
+            # Who waited does so in the parent.
+            assert limiter.statistics().granted_bytes == before.granted_bytes
+            assert limiter.statistics().waiting == 0
+            everything.release()
+            kept.release()
+
+            async def of_its_own():
+                async with work.grant("20MiB", timeout=10):
+                    async with MemoryLimiter("200MiB") as inner, inner.grant("1MiB"):
+                        await asyncio.sleep(0.01)
+
+            asyncio.run(of_its_own())
+            with work.grant("20MiB", timeout=10):
+                pass
+
+        forked(in_child)
+        process = multiprocessing.get_context("fork").Process(target=in_child)
+        process.start()
+        await asyncio.to_thread(process.join)
+        assert process.exitcode == 0
+
+        # Here nothing was given back, and nobody has come in.
+        after = limiter.statistics()
+        assert after.granted_bytes == before.granted_bytes, after
+        assert (after.grants, after.waiting) == (3, 1)
+        everything.release()
+        await waiter
+        kept.release()
+        dropped.release()
+        assert limiter.statistics().granted_bytes == 0
+        async with work.grant("100MiB"):
+            pass
+
+asyncio.run(main())
+"""
+
+BESIDE_THREADS = """
+limiter = MemoryLimiter("256MiB")
+stop = threading.Event()
+
+def beside():
+    while not stop.is_set():
+        with limiter.grant(1000):
+            limiter.statistics()
+
+def in_child():
+    for _ in range(10):
+        with limiter.grant(1000, timeout=10):
+            limiter.statistics()
+
+threads = [threading.Thread(target=beside, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(50):
+    forked(in_child)
+stop.set()
+for thread in threads:
+    thread.join()
+assert limiter.statistics().granted_bytes == 0
+"""
+
+
+@pytest.mark.parametrize("program", [IN_USE, BESIDE_THREADS], ids=["in_use", "beside_threads"])
+def test_parent_and_child_both_go_on(program):
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr, done.stderr

@@ -44,17 +44,17 @@ class Service(NamedTuple):
 def serving(
     *options: str,
     inside: Callable[[Sequence[str]], Sequence[str]] = lambda command: command,
-    python: Sequence[str] = SERVICE,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:
     """Run the service, on a port that is free; it is killed at the end, if it still runs.
 
     Args:
         options: its command line.
         inside: makes of its command one that runs it somewhere, such as in a cgroup.
-        python: what runs it.
+        environment: its environment variables; None for those of this process.
     """
-    command = inside([*python, "--port=0", *options])
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = inside([*SERVICE, "--port=0", *options])
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
             said = ""

@@ -39,14 +39,11 @@ def cgroup() -> Iterator[MemoryCgroup]:
 async def uploads(port: int) -> list[Answer]:
     """Have all clients upload again and again, every other one without saying how much."""
 
-    answers: list[Answer] = []
+    async def client(number: int) -> list[Answer]:
+        return [await ask(port, "/count", DOCUMENT, chunked=number % 2 == 0) for _ in range(EACH)]
 
-    async def client(number: int) -> None:
-        for _ in range(EACH):
-            answers.append(await ask(port, "/count", DOCUMENT, chunked=number % 2 == 0))
-
-    await asyncio.gather(*map(client, range(CLIENTS)))
-    return answers
+    answers = await asyncio.gather(*map(client, range(CLIENTS)))
+    return [answer for each in answers for answer in each]
 
 
 async def health(port: int) -> list[Answer]:

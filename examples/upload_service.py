@@ -12,8 +12,9 @@ service is. Try it::
     curl --data-binary @document.json http://127.0.0.1:8000/count
 
 Each request waits for the memory that it will take, at most ``--wait`` seconds, and is answered
-with 503 then; one that is larger than there ever is memory for, with 413. With ``--bare`` there
-is nothing before the handlers. Needs starlette and uvicorn. Ctrl-C ends it.
+with 503 then; one that is larger than there ever is memory for, with 413. What it holds, and who
+waits, is shown at ``/ops/memory/``. With ``--bare`` there is nothing before the handlers. Needs
+starlette and uvicorn. Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from membound_async import MemoryLimiter
+from membound_async.api import MemoryAPI
 from membound_async.integrations.asgi import MemoryMiddleware
 
 DECODED = 12
@@ -112,6 +114,7 @@ def service(limit: str | None, wait_seconds: float, *, bare: bool) -> Starlette:
             Route("/count", count, methods=["POST"]),
             Route("/checksum", checksum, methods=["POST"]),
             Route("/healthz", healthz),
+            Mount("/ops", MemoryAPI()),
         ],
         lifespan=lifespan,
     )
@@ -119,7 +122,7 @@ def service(limit: str | None, wait_seconds: float, *, bare: bool) -> Starlette:
         app.add_middleware(
             MemoryMiddleware,
             component="uploads",
-            routes={"/healthz": None},
+            routes={"/healthz": None, "/ops": None},
             factor=factor,
             base_bytes="128KiB",
             max_wait_seconds=wait_seconds,

@@ -338,7 +338,9 @@ class World:
                 component.add(resource, amount, wish.sender)
         self.note()
 
-    def observe(self, measured: int, live: dict[str, int], *, pressed: bool) -> None:
+    def observe(
+        self, measured: int, live: dict[str, int], *, pressed: bool, arriving: int = 0
+    ) -> None:
         for name, amount in live.items():
             self.components[name].live = amount
         committed = self.committed()
@@ -348,7 +350,8 @@ class World:
             gone = max(0, self.measured - measured)
             self.highest = max(committed, min(self.highest - gone, measured - self.baseline))
         self.measured = measured
-        self.drift = max(0, measured - self.baseline - self.highest)
+        in_use = measured + (arriving if pressed else 0)
+        self.drift = max(0, in_use - self.baseline - self.highest)
 
     def numbers(self) -> dict[str, object]:
         """Everything that anybody has, to compare."""

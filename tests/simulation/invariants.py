@@ -239,7 +239,7 @@ class FollowedLedger(Watched):
         with self.books.operation("observe"):
             settled = observe(measured, pressed=pressed, look_after=look_after, live=live)
             by_name = {account.name: nbytes for account, nbytes in live}
-            self.books.world.observe(measured, by_name, pressed=pressed)
+            self.books.world.observe(measured, by_name, pressed=pressed, arriving=self.arriving)
             self.books.settled(settled)
         return settled
 
@@ -796,6 +796,7 @@ class Books(Pair):
         must(not limiter._abandoned, "something was abandoned")
         must(not limiter._impatient, "somebody is to be told of waiters in the end")
         must(ledger._exclusive is None, "the pool is somebody's alone in the end")
+        must(ledger.arriving == 0, f"{ledger.arriving} bytes are still arriving in the end")
         must(ledger.committed == sum(each.live for each in ledger.accounts.values()), "committed")
         for place, pool in self.pools.items():
             order = pool.order

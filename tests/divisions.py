@@ -347,11 +347,11 @@ class World:
         if pressed:
             self.highest = committed
         else:
-            arriving = 0
             gone = max(0, self.measured - measured)
             self.highest = max(committed, min(self.highest - gone, measured - self.baseline))
         self.measured = measured
-        self.drift = max(0, measured + arriving - self.baseline - self.highest)
+        in_use = measured + (arriving if pressed else 0)
+        self.drift = max(0, in_use - self.baseline - self.highest)
 
     def numbers(self) -> dict[str, object]:
         """Everything that anybody has, to compare."""

@@ -174,7 +174,7 @@ def test_a_limit_that_is_lowered_and_raised_while_it_works(cgroup: MemoryCgroup)
             assert now.limit_bytes == 96 * MIB
         service.do("work", 0)
         service.do("work", 1)
-        # Less than the service itself takes, with the slop: nothing is granted out of turn.
+        # Hardly more than the service itself takes: room for one worker at a time.
         set_limit(36)
         lowest = service.until(lambda now: now.limit_bytes == 36 * MIB)
         service.do("work", WORKERS)

@@ -802,6 +802,7 @@ class Books(Pair):
         must(not limiter._abandoned, "something was abandoned")
         must(not limiter._impatient, "somebody is to be told of waiters in the end")
         must(ledger._exclusive is None, "the pool is somebody's alone in the end")
+        must(ledger.arriving == 0, f"{ledger.arriving} bytes are still arriving in the end")
         must(ledger.committed == sum(each.live for each in ledger.accounts.values()), "committed")
         for place, pool in self.pools.items():
             order = pool.order

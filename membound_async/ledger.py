@@ -356,6 +356,22 @@ class Ledger(Quota):
             self._add(stock, amount - over.get(stock.resource, 0), None)
         return self._changed(account) if self.waiters.count else ()
 
+    def arrives(self, request: Request) -> None:
+        """Note that what was charged cannot be in use yet: nobody has been given it.
+
+        So it is with whoever waits until it is admitted. Not with a minimum: it is only reserved.
+        """
+        is_noted = request.arriving or request.kind is Kind.ENTER
+        if request.state is State.ADMITTED and not is_noted:
+            request.arriving = True
+            self.arriving += request.nbytes
+
+    def arrived(self, request: Request) -> None:
+        """Note that what was charged may be in use from now on, or was given back."""
+        if request.arriving:
+            request.arriving = False
+            self.arriving -= request.nbytes
+
     def end_transfer(self, request: Request) -> Account:
         """Give up a transfer because the grant is released; say who has it now.
 
@@ -367,6 +383,7 @@ class Ledger(Quota):
             self._remove(request, State.CANCELLED)
             self._place(request.account)
         elif request.state is State.ADMITTED:
+            self.arrived(request)
             request.state = State.CANCELLED
             return request.account
         request.state = State.CANCELLED
@@ -377,6 +394,7 @@ class Ledger(Quota):
 
         Nobody comes in between: what is transferred is not free at any time.
         """
+        self.arrived(request)
         account, source = request.account, request.source
         if source is None:
             return self.give_back(
@@ -427,17 +445,10 @@ class Ledger(Quota):
         holders = [*holders]
         settled: list[Request] = []
         for request in (*holders, *others):
-            if self._would_fit(request, 0):
-                self._remove(request, State.ADMITTED)
-                self._charge(request)
-                settled.append(request)
-                self._place(request.account)
-                if request.source is not None:
-                    self._place(request.source)
+            if request.state is State.WAITING and self._would_fit(request, 0):
+                settled += self._let_in(request)
         if not settled:
             return settled
-        if self.waiters.alone and any(request.kind is Kind.ENTER for request in settled):
-            settled += self._drop_impossible(self.accounts.values())
         self._put_first(holders)
         return settled + self._dispatch()
 
@@ -969,16 +980,20 @@ class Ledger(Quota):
             if self._closed:  # but a barrier is not in its own way
                 first = waiters.first_barrier()
                 self._closed = self._exclusive is not None or first not in (None, request)
-            self._remove(request, State.ADMITTED)
-            self._charge(request, in_turn=in_turn)
-            settled.append(request)
-            self._place(request.account)
-            if request.source is not None:
-                self._place(request.source)
-            if request.kind is Kind.ENTER:
-                settled += self._entered(request.account)
+            settled += self._let_in(request, in_turn=in_turn)
             self._bar_overdue()
         return settled
+
+    def _let_in(self, request: Request, *, in_turn: bool = True) -> list[Request]:
+        """Admit a request that waits; give it, and those that have become impossible by it."""
+        self._remove(request, State.ADMITTED)
+        self._charge(request, in_turn=in_turn)
+        self.arrives(request)
+        self._place(request.account)
+        if request.source is not None:
+            self._place(request.source)
+        dropped = self._entered(request.account) if request.kind is Kind.ENTER else []
+        return [request, *dropped]
 
     def _next(self) -> tuple[Request, bool] | None:
         """Give who may come in next, and whether by the rule; None if nobody may.

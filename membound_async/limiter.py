@@ -822,18 +822,17 @@ class MemoryLimiter(LimiterState):
                 self._has_yielded(self._now())
             if self._delay:
                 with self._lock:
-                    self._arrives(request)
+                    self._ledger.arrives(request)
                 await anyio.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
+            self._end(request)
             if grant is not None:
                 grant._state = NEW
                 grant._holder = None
             self._tell_of_refusal(request, error)
             raise
-        if request.owner is not None or request.arriving:
-            with self._lock:
-                self._has_arrived(request)
+        self._end(request)
         if grant is not None:
             grant._hold(request)
         return grant
@@ -886,14 +885,14 @@ class MemoryLimiter(LimiterState):
                 self._waited(request, now)
             if self._delay:
                 with self._lock:
-                    self._arrives(request)
+                    self._ledger.arrives(request)
                 time.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
+            self._end(request)
             self._tell_of_refusal(request, error)
             raise
-        with self._lock:
-            self._has_arrived(request)
+        self._end(request)
 
     def _tell_of_refusal(self, request: Request, error: BaseException) -> None:
         if isinstance(error, GrantError):
@@ -931,18 +930,12 @@ class MemoryLimiter(LimiterState):
         if not told:
             self._impatient.pop(account, None)
 
-    def _arrives(self, request: Request) -> None:
-        """Note that nobody uses yet what was charged; with the lock held."""
-        if not request.arriving and request.kind is not Kind.ENTER:  # a minimum is only reserved
-            request.arriving = True
-            self._ledger.arriving += request.nbytes
-
-    def _has_arrived(self, request: Request) -> None:
-        """Note that it is used from now on, or never; with the lock held."""
+    def _end(self, request: Request) -> None:
+        """Note that nobody waits for the request any more."""
         request.owner = request.task = None  # a heap may remember the request for long
         if request.arriving:
-            request.arriving = False
-            self._ledger.arriving -= request.nbytes
+            with self._lock:
+                self._ledger.arrived(request)
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
@@ -1003,12 +996,11 @@ class MemoryLimiter(LimiterState):
                 self._add(self._wait_seconds, request.account, self._now() - since)
                 settled = self._ledger.cancel(request)
             elif request.state is not State.ADMITTED:
-                settled = []
+                return
             elif request.kind is Kind.ENTER:
                 settled = self._ledger.leave(request.account)
             else:
                 settled = list(self._ledger.undo(request))
-            self._has_arrived(request)
         self._wake(settled)
 
     def _sender(self, account: Account, name: Hashable | None) -> Sender | None:
@@ -1056,13 +1048,6 @@ class MemoryLimiter(LimiterState):
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
-        settled = list(settled)
-        if not settled:
-            return
-        with self._lock:
-            for request in settled:
-                if request.owner is not None and request.state is State.ADMITTED:
-                    self._arrives(request)
         for request in settled:
             if request.out_of_turn and not request.alone:
                 log().info(
@@ -1125,7 +1110,7 @@ class MemoryLimiter(LimiterState):
         self._now = time.monotonic
         self._impatient.clear()
         for request in reversed(self._ledger.all_waiting()):
-            request.owner = request.task = None
+            self._end(request)
             self._withdraw(request, request.asked_at)
         self._ledger.arriving = 0
 

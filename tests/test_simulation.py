@@ -29,8 +29,10 @@ from tests.simulation.programs import (
     Component,
     Enter,
     Grant,
+    Probe,
     Program,
     Put,
+    Read,
     Receive,
     Resize,
     Settings,
@@ -94,6 +96,43 @@ FOUND = {
         tasks=(
             Task((Grant(1, steps=(Resize(154), Receive(steps=(Enter(1),)))),)),
             Task((Put(1), Grant(115, 1))),
+        ),
+    ),
+    "a minimum reserved out of order left senders waiting for what could never be": Program(
+        seed=30087468,
+        settings=Settings(share="3/4"),
+        components=(Component("a", 2, 330),),
+        channels=(Channel(),),
+        tasks=(
+            Task((Grant(2, steps=(Enter(0),)),)),
+            Task((Grant(329, steps=(Sleep(0.1),)),)),
+            Task((Read((23,), ahead=329),), start=0.1),
+            Task((Put(247),)),
+        ),
+    ),
+    "who was let in by a higher limit was taken for one who has its memory": Program(
+        seed=30067524,
+        settings=Settings(limit=1001, share="1"),
+        components=(Component("a.b"),),
+        probe=Probe(follows=1.5),
+        tasks=(
+            Task((Grant(458),)),
+            Task((Grant(58, steps=(Grant(914, steps=(Sleep(),)), Resize(1535))),)),
+        ),
+    ),
+    "a transfer that was called off was said to be under way": Program(
+        seed=30046075,
+        settings=Settings(limit=262, delays=True),
+        components=(Component("b"), Component("a.b")),
+        probe=Probe(follows=1.5, script=((1.5, 301),)),
+        tasks=(
+            Task((Grant(39, steps=(Sleep(), Change("transfer", of=1))),)),
+            Task(
+                (
+                    Grant(25, how="current", steps=(Read((99, 83), component=1, pause=1.0),)),
+                    Grant(1),
+                )
+            ),
         ),
     ),
 }

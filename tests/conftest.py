@@ -33,7 +33,8 @@ settings.load_profile("repeatable")
 # What the caller has set for its own programs is not for the tests, but for which of the two
 # fast paths they test.
 for name in [*os.environ]:
-    if name == "WEB_CONCURRENCY" or (name.startswith("MEMBOUND_") and name != "MEMBOUND_EXTENSION"):
+    is_ours = name.startswith("MEMBOUND_") and name != "MEMBOUND_EXTENSION"
+    if is_ours or name in {"WEB_CONCURRENCY", "COLUMNS", "LINES"}:
         del os.environ[name]
 
 # Started in the background of a script, Ctrl-C is ignored here and in all that is started from

@@ -152,13 +152,13 @@ DEFECTS = (
     Defect(
         "heap that was granted once is taken for drift",
         "ledger.py",
-        "drift = max(0, measured - self.baseline - highest)",
-        "drift = max(0, measured - self.baseline - committed)",
+        "drift = max(0, in_use - self.baseline - highest)",
+        "drift = max(0, in_use - self.baseline - committed)",
     ),
     Defect(
         "the drift has the wrong sign",
         "ledger.py",
-        "drift = max(0, measured - self.baseline - highest)",
+        "drift = max(0, in_use - self.baseline - highest)",
         "drift = max(0, self.baseline + highest - measured)",
     ),
     Defect(

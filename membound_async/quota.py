@@ -89,7 +89,7 @@ class Quota(Pool):
         self.baseline = baseline
         self.drift = 0
         self.measured = baseline
-        self.arriving = 0
+        self.arriving: int = 0
         """Charged, but not handed over yet: no reading can show it."""
         self.free = self._lowest_free = limit - baseline
         self.pools: dict[str, Pool] = {BYTES: self}

@@ -26,8 +26,7 @@ pytestmark = [
 LIMIT_BYTES = 256 * 1024 * 1024
 ROWS = 40_000
 DOCUMENT = document(ROWS)
-CLIENTS = 40
-EACH = 2
+CLIENTS = 240
 
 
 @pytest.fixture
@@ -37,13 +36,10 @@ def cgroup() -> Iterator[MemoryCgroup]:
 
 
 async def uploads(port: int) -> list[Answer]:
-    """Have all clients upload again and again, every other one without saying how much."""
-
-    async def client(number: int) -> list[Answer]:
-        return [await ask(port, "/count", DOCUMENT, chunked=number % 2 == 0) for _ in range(EACH)]
-
-    answers = await asyncio.gather(*map(client, range(CLIENTS)))
-    return [answer for each in answers for answer in each]
+    """Have all clients upload at once, every other one without saying how much."""
+    return await asyncio.gather(
+        *(ask(port, "/count", DOCUMENT, chunked=number % 2 == 0) for number in range(CLIENTS))
+    )
 
 
 async def health(port: int) -> list[Answer]:
@@ -70,7 +66,7 @@ def test_bare_it_is_killed(cgroup: MemoryCgroup) -> None:
         answers, _ = asyncio.run(overload(service))
         assert service.process.wait(60) == -signal.SIGKILL
     assert cgroup.oom_kills == 1
-    assert Counter(answer.status for answer in answers)[0] > CLIENTS
+    assert Counter(answer.status for answer in answers)[0] > CLIENTS / 2
 
 
 @pytest.mark.parametrize("wait", [0.5, 60.0], ids=["short of patience", "patient"])
@@ -84,7 +80,7 @@ def test_bounded_every_request_is_answered(cgroup: MemoryCgroup, wait: float) ->
     assert cgroup.peak_bytes is None or cgroup.peak_bytes < LIMIT_BYTES
     counts = Counter(answer.status for answer in answers)
     assert set(counts) <= {200, 503}
-    assert counts.total() == CLIENTS * EACH
+    assert counts.total() == CLIENTS
     assert counts[200]
     for answer in answers:
         if answer.status == 200:

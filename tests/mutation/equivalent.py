@@ -49,14 +49,24 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
             "quota Quota._is_plain: return request.sender is None and (not request.also) and "
             "(not request.account.grouped) -> return None"
         ),
+        (
+            "quota Quota._is_plain: return request.sender is None and (not request.also) and "
+            "(not request.account.grouped) -> return request.sender is not None and (not requ"
+            "est.also) and (not request.account.grouped)"
+        ),
     ),
     "an amount is the same with 0 added": (
+        (
+            "quota Quota._inner: draw = amount if excess > 0 else amount + excess -> draw = a"
+            "mount if excess > -1 else amount + excess"
+        ),
         (
             "quota Quota._inner: draw = amount if excess > 0 else amount + excess -> draw = a"
             "mount if excess >= 0 else amount + excess"
         ),
     ),
     "0 added changes nothing": (
+        "quota Quota._threshold: if stock.excess > 0: -> if stock.excess > -1:",
         "quota Quota._threshold: if stock.excess > 0: -> if stock.excess >= 0:",
     ),
 }

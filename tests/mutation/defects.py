@@ -152,14 +152,26 @@ DEFECTS = (
     Defect(
         "heap that was granted once is taken for drift",
         "ledger.py",
-        "drift = max(0, measured - self.baseline - highest)",
-        "drift = max(0, measured - self.baseline - committed)",
+        "drift = max(0, in_use - self.baseline - highest)",
+        "drift = max(0, in_use - self.baseline - committed)",
     ),
     Defect(
         "the drift has the wrong sign",
         "ledger.py",
-        "drift = max(0, measured - self.baseline - highest)",
-        "drift = max(0, self.baseline + highest - measured)",
+        "drift = max(0, in_use - self.baseline - highest)",
+        "drift = max(0, self.baseline + highest - in_use)",
+    ),
+    Defect(
+        "what memory has fallen by is kept by the allocator all the same",
+        "ledger.py",
+        "min(highest - max(0, self.measured - measured), measured - self.baseline)",
+        "min(highest, measured - self.baseline)",
+    ),
+    Defect(
+        "what is charged and not handed over yet is forgotten under pressure",
+        "ledger.py",
+        "in_use = measured + self.arriving",
+        "in_use = measured",
     ),
     Defect(
         "live bytes are forgotten",

@@ -425,7 +425,7 @@ DEFECTS = (
         "what was handed on does not rule a deadlock out",
         "deadlocks.py",
         "            if request_or_none is None:\n                return {}\n",
-        "            if request_or_none is None:\n                continue\n",
+        "            if request_or_none is None:\n                out[account] -= nbytes\n                continue\n",
     ),
     Defect(
         "what is in flight does not rule a deadlock out",

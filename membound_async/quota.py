@@ -45,7 +45,7 @@ from .exceptions import GrantTooLarge, QuotaExceeded
 from .fastpath import NO_LIMIT
 from .rules import Rule, Share
 from .stocks import BYTES, Account, Pool, Sender, Stock
-from .waiters import NOTHING, Kind, Order, Request, Waiters
+from .waiters import Kind, Order, Request, Waiters
 
 __all__ = ["READY", "Quota"]
 
@@ -78,10 +78,10 @@ class Quota(Pool):
         self,
         limit: int,
         *,
-        baseline: int = 0,
-        share: Fraction | Rule = Fraction(1, 2),
-        bypass_limit: int | None = None,
-        others: Mapping[str, int] = NOTHING,
+        baseline: int,
+        share: Fraction | Rule,
+        bypass_limit: int | None,
+        others: Mapping[str, int],
     ) -> None:
         self.waiters = Waiters()
         super().__init__(BYTES, limit, self.waiters)

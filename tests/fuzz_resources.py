@@ -91,6 +91,9 @@ class Watched(Ledger):
         self.turns = 0
         self._was_barrier = False
 
+    def arrives(self, request: Request) -> None:
+        """Nothing: whoever is let in has it at once here."""
+
     def _remove(self, request: Request, state: State) -> None:
         self._was_barrier = request.barrier
         super()._remove(request, state)

@@ -204,6 +204,7 @@ class LedgerAdapter:
                 infeasible.append(ticket)
                 continue
             assert request.state is State.ADMITTED
+            self.ledger.arrived(request)
             if request.kind is Kind.ENTER:
                 admitted.append(Admission(ticket, 0))
                 continue

@@ -19,6 +19,7 @@ import pytest
 
 from membound_async.exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
 from membound_async.ledger import NO_LIMIT, Account, Ledger
+from membound_async.rules import Polynomial, Rule
 from membound_async.waiters import Kind, Request, State
 from tests.fuzz_resources import Config, Pair
 from tests.quota_cases import CASES, DESIGN, OURS, Case
@@ -29,6 +30,9 @@ class Bench(Ledger):
 
     def __init__(self, limit: int = 100, **options: Any) -> None:
         super().__init__(limit, **options)
+
+    def arrives(self, request: Request) -> None:
+        """Nothing: whoever is let in has it at once."""
 
     def open(self, name: str, minimum: int = 0, firm: int = NO_LIMIT) -> Account:
         """An account that is entered."""
@@ -1381,6 +1385,271 @@ def test_more_than_was_granted_cannot_come_back():
     ledger.held(account, 10)
     with pytest.raises(AssertionError, match="more given back than granted"):
         ledger.give_back(account, 11)
+
+
+# --- senders, by numbers
+
+
+@pytest.mark.parametrize(
+    ("share", "firm", "own", "of_x", "of_y"),
+    [
+        # a has 30 itself and 20 from x in flight, so H = share * (950 + 50) - 50, and up to
+        # the firm limit there are firm - 50. Of that y may have share, and x share less 20.
+        (Fraction(1, 2), 400, 350, 165, 175),
+        (Fraction(1, 2), NO_LIMIT, 450, 215, 225),
+        (Fraction(2, 3), 399, 349, 226, 232),
+        (Fraction(2, 3), NO_LIMIT, 616, 404, 411),
+        (Polynomial(), 400, 350, 165, 116),  # y would be the second: 1/3
+        (Polynomial(), NO_LIMIT, 450, 215, 150),
+    ],
+)
+def test_what_each_may_have_of_what_its_component_may(
+    share: Fraction | Rule, firm: int, own: int, of_x: int, of_y: int
+):
+    for name, most in ((None, own), ("x", of_x), ("y", of_y)):
+        ledger = Bench(1000, share=share)
+        account = ledger.open("a", firm=firm)
+        ledger.held(account, 30)
+        ledger.held(account, 20, sender=ledger.sender(account, "x"))
+        sender = None if name is None else ledger.sender(account, name)
+        assert ledger.available(account, sender) == most
+        assert ledger.request_at_once(Request(account, most + 1, sender=sender)) is None
+        assert ledger.request_at_once(Request(account, most, sender=sender)) == []
+
+
+def test_what_a_sender_could_ever_have():
+    ledger = Bench(1000, share=Fraction(2, 3))
+    account = ledger.open("a", minimum=10, firm=40)
+    sender = ledger.sender(account, "x")
+    ledger.too_large(Request(account, 21, sender=sender), 20, "a sender's part of its firm limit")
+    ledger.too_large(Request(account, 41), 40, r"most \(its firm limit")
+    ledger.declare(account, 10, NO_LIMIT)
+    assert ledger.most(account, sender) == 440  # 4/9 of 990
+    ledger.resize(5)
+    assert ledger.most(account, sender) == 0
+    ledger = Bench(share=Polynomial())
+    assert ledger.most(ledger.open("a")) == 50
+
+
+def test_who_would_not_fit_with_all_others_gone_waits_for_what_is_in_flight():
+    ledger = Bench()
+    account = ledger.open("a", minimum=20)
+    ledger.held(account, 4, sender=ledger.sender(account, "x"))
+    sender = ledger.sender(account, "y")
+    # 4n against 100 - 20 - 2 * 4
+    for nbytes, waits_for in ((18, ("turn", 0)), (19, ("firm limit", 0))):
+        assert ledger.waits_for(Request(account, nbytes, sender=sender)) == waits_for
+
+
+@pytest.mark.parametrize(
+    ("share", "minimum", "firm", "of_x", "of_y", "wanted", "counts"),
+    [
+        (Fraction(2, 3), 10, 100, 30, 20, 30, True),  # 3n + 30 against 2 * (100 - 10 - 30)
+        (Fraction(2, 3), 10, 100, 30, 20, 31, False),
+        (Fraction(2, 3), 20, NO_LIMIT, 20, 10, 60, True),  # 9n + 60 against 4 * 180 - 6 * 20
+        (Fraction(2, 3), 20, NO_LIMIT, 20, 10, 61, False),
+        (Polynomial(), 10, 100, 0, 20, 30, True),  # 3n against 100 - 10
+        (Polynomial(), 11, 100, 0, 20, 30, False),
+    ],
+)
+def test_only_who_waits_for_other_senders_counts_what_is_sent_past_him(
+    share: Fraction | Rule, minimum: int, firm: int, of_x: int, of_y: int, wanted: int, counts: bool
+):
+    ledger = Bench(1000, share=share)
+    account = ledger.account("a", minimum, firm)
+    ledger.join(account, ledger.group({"bytes": 200}))
+    ledger.entering(account, now=True)
+    ledger.held(account, of_y, sender=ledger.sender(account, "y"))
+    if of_x:
+        ledger.held(account, of_x, sender=ledger.sender(account, "x"))
+    request = ledger.waiting(account, wanted, sender=ledger.sender(account, "x"))
+    assert account.among is not None
+    assert (request in account.among.counting) == counts
+
+
+# --- transfers, by numbers
+
+
+@pytest.mark.parametrize(
+    ("share", "minimum", "source", "live", "own", "wanted", "threshold"),
+    [
+        (Fraction(1, 2), 0, 30, 0, 7, 10, 20 + 7 - 10),
+        (Fraction(1, 2), 25, 30, 0, 7, 10, 20 + 7 - 5),
+        (Fraction(1, 2), 40, 30, 0, 7, 10, 20 + 7),  # all out of the reserve
+        (Fraction(1, 2), 0, 30, 25, 7, 10, 20 + 7 - 5),
+        (Fraction(1, 3), 0, 30, 0, 7, 10, 30 + 2 * 7 - 10),
+        (Polynomial(), 0, 10, 0, 0, 10, 20 - 10),  # the source has nothing left: 1/2
+        (Polynomial(), 0, 1, 0, 0, 1, 2 - 1),
+        (Polynomial(), 0, 30, 0, 0, 10, 30 - 10),  # 1/3
+        (Polynomial(), 0, 30, 0, 1, 10, 30 + 2 * 1 - 10),
+        (Polynomial(), 40, 30, 0, 0, 10, 20),  # the source is no consumer
+    ],
+)
+def test_what_must_be_free_for_a_transfer(
+    share: Fraction | Rule, minimum: int, source: int, live: int, own: int, wanted: int,
+    threshold: int,
+):  # fmt: skip
+    ledger = Bench(1000, share=share)
+    a, b = ledger.open("a", minimum), ledger.open("b")
+    ledger.held(a, source)
+    ledger.live(a, live)
+    ledger.held(b, own)
+    request = Request(b, wanted, source=a)
+    assert ledger.threshold(request) == threshold
+    assert ledger.missing(request) == threshold - ledger.free
+
+
+@pytest.mark.parametrize(("share", "missing"), [(Fraction(1, 2), 2), (Polynomial(), 2)])
+def test_a_transfer_frees_nothing_in_a_group_that_its_source_is_not_in(
+    share: Fraction | Rule, missing: int
+):
+    ledger = Bench(1000, share=share)
+    a, b = ledger.open("a"), ledger.account("b")
+    ledger.join(b, ledger.group({"bytes": 50}))
+    ledger.held(a, 30)
+    assert ledger.missing(Request(b, 26, source=a)) == missing
+
+
+def test_a_transfer_that_draws_nothing_needs_no_memory():
+    ledger = Bench()
+    a, b = ledger.open_all("ab")
+    ledger.held(a, 30)
+    ledger.measured = 100
+    ledger.refused(b, 10, "measured memory is at the limit")
+    assert ledger.request_nowait(Request(b, 10, source=a)) == []
+
+
+# --- boundaries
+
+
+def test_up_to_stops_at_the_firm_limit_and_at_the_reserve():
+    ledger = Bench()
+    a, b = ledger.open("a", firm=30), ledger.open("b", minimum=20)
+    ledger.held(a, 10)
+    ledger.held(a, 5, sender=ledger.sender(a, "x"))
+    assert ledger.held(a, 1, up_to=100).nbytes == 15
+    ledger.force(Request(ledger.open("c"), 100))
+    assert ledger.free < 0
+    assert ledger.available(b) == 20
+    assert ledger.held(b, 5, up_to=100).nbytes == 20
+    ledger.declare(a, 0, 10)
+    assert ledger.available(a) == 0
+
+
+def test_to_enter_what_is_entered_or_held_needs_nothing():
+    ledger = Bench()
+    entered, held = ledger.open("a", minimum=10), ledger.account("b", 10)
+    ledger.held(held, 30)
+    for account in (entered, held):
+        assert ledger.threshold(Request(account, 10, Kind.ENTER)) is None
+
+
+def test_nobody_passes_the_grant_that_holds_the_pool_alone():
+    ledger = Bench()
+    a, b = ledger.open_all("ab")
+    grant = ledger.held(a, 60, alone=True)
+    assert grant.exclusive
+    assert ledger.request_at_once(Request(b, 1)) is None
+
+
+@pytest.mark.parametrize(("wanted", "measured"), [(50, 40), (10, 90)])
+def test_what_the_rule_would_give_holds_the_pool_alone_at_no_time(wanted: int, measured: int):
+    ledger = Bench()
+    ledger.reading(measured)
+    request = ledger.held(ledger.open("a"), wanted, alone=True)
+    assert (request.out_of_turn, request.exclusive) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("held", "most"),
+    [
+        (0, 200),  # it would be the one consumer: the barrier needs 3 * 100 of 500
+        (1, 199),
+        (50, 150),
+    ],
+)
+def test_a_barrier_that_waits_for_another_resource_keeps_what_it_will_need(held: int, most: int):
+    ledger = Bench(500, share=Polynomial(), bypass_limit=50, others={"fds": 10})
+    other, waits, asks = ledger.open_all("abc")
+    ledger.held(other, 0, also={"fds": 5})
+    barrier = ledger.waiting(waits, 100, also={"fds": 3})  # 3 * 3 of 5
+    ledger.pass_by(other, 60)
+    if held:
+        ledger.held(asks, held)
+    assert ledger.barriers() == [barrier]
+    for wanted, settled in ((most + 1, None), (most, [])):
+        assert ledger.request_at_once(Request(asks, wanted)) == settled
+        assert ledger.consumers == (held > 0 or settled is not None)
+
+
+def test_behind_a_grow_that_waits_for_one_firm_limit_of_two_nobody_becomes_a_barrier():
+    ledger = Bench(bypass_limit=10, others={"fds": 10})
+    a, b = ledger.account("a", others={"fds": 5}), ledger.open("b")
+    ledger.held(a, 5, also={"fds": 4})
+    ledger.waiting(a, 1, kind=Kind.GROW, also={"fds": 2})
+    ledger.waiting(a, 20)
+    ledger.held(b, 40)
+    ledger.pass_by(b, 1)
+    assert ledger.barriers() == []
+
+
+@pytest.mark.parametrize(("fds", "comes_in"), [(3, False), (2, True)])
+def test_against_the_rule_it_has_to_fit_in_all_other_resources(fds: int, comes_in: bool):
+    ledger = Bench(others={"fds": 10})
+    a, b = ledger.open_all("ab")
+    ledger.held(a, 0, also={"fds": 5})
+    ledger.reading(99)
+    request = Request(b, 20, also={"fds": fds})
+    assert ledger.request(request) == ([request] if comes_in else [])
+
+
+def test_against_the_rule_it_has_to_fit_in_its_group():
+    ledger = Bench()
+    other, mate, account = ledger.open("z"), ledger.account("b", 30), ledger.account("a")
+    group = ledger.group({"bytes": 40})
+    for each in (mate, account):
+        ledger.join(each, group)
+    held = ledger.held(other, 10)
+    ledger.reading(98)
+    request = ledger.waiting(account, 6)
+    ledger.force(Request(mate, 30, Kind.ENTER))
+    assert ledger.back(held) == []
+    assert request.state is State.WAITING
+
+
+@pytest.mark.parametrize(
+    ("firm", "wanted", "fds", "of", "fits"),
+    [
+        (NO_LIMIT, 15, 0, 4, True),  # 2 * 15 + 10 of 40
+        (NO_LIMIT, 16, 0, 4, False),
+        (24, 15, 0, 4, False),
+        (NO_LIMIT, 15, 2, 4, True),  # 2 * 2
+        (NO_LIMIT, 15, 3, 5, False),  # 2 * 3
+    ],
+)
+def test_out_of_order_it_has_to_fit(firm: int, wanted: int, fds: int, of: int, fits: bool):
+    ledger = Bench(others={"fds": 8})
+    a, b = ledger.open("a", firm=firm), ledger.open("b")
+    ledger.held(a, 10)
+    ledger.held(b, 25, also={"fds": 8 - of})
+    ledger.held(ledger.open("c"), 25)
+    ledger.waiting(a, 16)
+    request = ledger.waiting(a, wanted, also={"fds": fds} if fds else {})
+    assert ledger.suspend_order([request]) == ([request] if fits else [])
+
+
+@pytest.mark.parametrize(("wanted", "refused"), [(5, 0), (6, 1)])
+def test_nobody_is_refused_if_one_would_fit_with_no_drift(wanted: int, refused: int):
+    ledger = Bench()
+    a, b = ledger.open_all("ab")
+    ledger.held(a, 30)
+    ledger.held(b, 30)
+    ledger.reading(80)
+    assert (ledger.drift, ledger.free) == (20, 20)
+    # 2 * 5 + 30 of 40
+    waits = {ledger.waiting(each, wanted): {each: 30} for each in (a, b)}
+    settled = ledger.break_deadlock(waits)
+    assert sum(each.state is State.DEADLOCKED for each in settled) == refused
 
 
 # --- what it costs

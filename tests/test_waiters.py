@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from membound_async import waiters as waiters_module
 from membound_async.stocks import BYTES, NO_LIMIT, Account, Pool
 from membound_async.waiters import Kind, Order, Queue, Ranking, Request, State, Waiters
 
@@ -92,6 +93,34 @@ def test_a_ranking_does_as_a_sorted_list_and_forgets_what_is_out_of_date():
             assert ranking.first() is expected
         assert len(ranking._heap) <= 2 * len(numbers) + 64
     assert {request: ranking[request] for request in ranking} == numbers
+
+
+def test_it_is_put_in_order_anew_once_most_of_it_is_out_of_date(monkeypatch: pytest.MonkeyPatch):
+    built: list[int] = []
+    monkeypatch.setattr(waiters_module, "heapify", lambda heap: built.append(len(heap)))
+    requests = numbered(1000)
+
+    def ranked(number: int) -> Ranking:
+        for request in requests:
+            ranking.put(request, number)
+        return ranking
+
+    ranking = Ranking()
+    ranked(0)
+    ranked(1)
+    assert built == []  # as many are out of date as are not
+    ranked(2)
+    assert built == [1000]
+    ranking = Ranking()
+    ranked(0)
+    built.clear()
+    for request in requests[:500]:
+        ranking.discard(request)
+    assert built == []
+    for request in requests[500:600]:
+        ranking.discard(request)
+    assert len(built) == 1
+    assert 400 < built[0] < 500
 
 
 @pytest.mark.parametrize("again", [3, 4])

@@ -159,7 +159,19 @@ DEFECTS = (
         "the drift has the wrong sign",
         "ledger.py",
         "drift = max(0, in_use - self.baseline - highest)",
-        "drift = max(0, self.baseline + highest - measured)",
+        "drift = max(0, self.baseline + highest - in_use)",
+    ),
+    Defect(
+        "what memory has fallen by is kept by the allocator all the same",
+        "ledger.py",
+        "min(highest - max(0, self.measured - measured), measured - self.baseline)",
+        "min(highest, measured - self.baseline)",
+    ),
+    Defect(
+        "what is charged and not handed over yet is forgotten under pressure",
+        "ledger.py",
+        "in_use = measured + self.arriving",
+        "in_use = measured",
     ),
     Defect(
         "live bytes are forgotten",
@@ -413,7 +425,9 @@ DEFECTS = (
         "what was handed on does not rule a deadlock out",
         "deadlocks.py",
         "            if request_or_none is None:\n                return {}\n",
-        "            if request_or_none is None:\n                continue\n",
+        "            if request_or_none is None:\n"
+        "                out[account] -= nbytes\n"
+        "                continue\n",
     ),
     Defect(
         "what is in flight does not rule a deadlock out",

@@ -22,6 +22,7 @@ from membound_async.exceptions import GrantTooLarge, QuotaExceeded
 from membound_async.fastpath import ALONE, EXTENSION, HELD
 from membound_async.grant import MemoryGrant, Options
 from membound_async.inbox import Inbox
+from membound_async.ledger import Ledger
 from membound_async.limiter import MemoryLimiter
 from membound_async.limits import DetectedLimit
 from membound_async.rules import Polynomial, Rule
@@ -80,6 +81,9 @@ class FollowedLedger(Watched):
         self._rank_was = 0
 
     # --- what is noted inside
+
+    def arrives(self, request: Request) -> None:
+        Ledger.arrives(self, request)
 
     def _remove(self, request: Request, state: State) -> None:
         self._rank_was = rank(request)

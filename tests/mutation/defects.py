@@ -424,10 +424,9 @@ DEFECTS = (
     Defect(
         "what was handed on does not rule a deadlock out",
         "deadlocks.py",
-        "            if request_or_none is None:\n                return {}\n",
-        "            if request_or_none is None:\n"
-        "                out[account] -= nbytes\n"
-        "                continue\n",
+        "                return {}\n            out[account] -= nbytes\n",
+        "                out[account] -= nbytes\n                continue\n"
+        "            out[account] -= nbytes\n",
     ),
     Defect(
         "what is in flight does not rule a deadlock out",

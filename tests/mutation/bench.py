@@ -23,7 +23,12 @@ from types import CodeType, FunctionType, ModuleType
 __all__ = ["PACKAGE", "ROOT", "Found", "Killer", "attempt"]
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "membound_async"
+_found = importlib.util.find_spec("membound_async")
+assert _found is not None
+assert _found.origin is not None
+PACKAGE = Path(_found.origin).parent
+"""The package that is imported: of this checkout, or installed."""
+
 MOST_BYTES = 3 << 30
 MOST_SECONDS = 600
 """How long a copy may take that uses no processor."""

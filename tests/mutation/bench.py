@@ -131,7 +131,7 @@ def _be_copy(
 
 def _change(path: Path, code: CodeType, in_function: bool) -> None:
     """Have the package run that code for one of its modules."""
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     if in_function and _exchange(sys.modules[name], code):
         return
     for each in [*sys.modules]:

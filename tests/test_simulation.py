@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -324,6 +325,23 @@ def test_the_command_says_what_programs_got_to() -> None:
     assert "Grant with " in done.stdout
     assert "no program got to: " in done.stdout
     assert done.stdout.endswith("0 failures in 20 programs\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_campaign_with_its_summary() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.simulation", "--seeds", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    ) as campaign:
+        assert campaign.stderr is not None
+        campaign.stderr.readline()  # how far it is
+        campaign.send_signal(signal.SIGINT)
+        said, _ = campaign.communicate(timeout=100)
+    assert campaign.returncode == 0
+    assert said.splitlines()[-1].startswith("0 failures in ")
 
 
 def test_the_command_shows_a_program() -> None:

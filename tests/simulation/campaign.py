@@ -4,13 +4,14 @@
 
 stops at the first program that fails, and prints it as a test that fails by itself, as small as
 it could be made; with `--keep-going`, it goes on and says how many there were. The exit status
-is 1 then.
+is 1 then. Ctrl-C ends it early, with the same summary.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections import Counter
@@ -115,6 +116,11 @@ def _job(seeds: range, backend: str, keep_going: bool) -> tuple[Counter[str], li
     return seen, failures
 
 
+def _go_on() -> None:
+    """Leave Ctrl-C to the process that has the summary."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _chunks(seeds: range) -> Iterator[range]:
     for start in range(seeds.start, seeds.stop, AT_ONCE):
         yield range(start, min(start + AT_ONCE, seeds.stop))
@@ -123,12 +129,15 @@ def _chunks(seeds: range) -> Iterator[range]:
 def campaign(
     seeds: range, backend: str, jobs: int, *, keep_going: bool
 ) -> tuple[Counter[str], list[Failure]]:
-    """Run the programs of seeds in several processes, with a line of progress now and then."""
+    """Run the programs of seeds in several processes, with a line of progress now and then.
+
+    Ctrl-C ends it after what is running, a few hundred programs.
+    """
     seen: Counter[str] = Counter()
     failures: list[Failure] = []
     started = told_at = time.monotonic()
     context = get_context("spawn")  # no process inherits what another one has imported
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_go_on) as pool:
         chunks = _chunks(seeds)
         job = partial(_job, backend=backend, keep_going=keep_going)
         running: set[Future[tuple[Counter[str], list[Failure]]]] = set()
@@ -142,7 +151,11 @@ def campaign(
                     running.add(pool.submit(job, chunk))
             if not running:
                 break
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            try:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                ended = True
+                continue
             for each in done:
                 counted, failed = each.result()
                 seen += counted

@@ -29,9 +29,12 @@ import membound_async
 from membound_async import allocator
 from tests import native
 
-pytestmark = pytest.mark.skipif(
-    not allocator.available, reason=f"nothing is tracked here: {allocator.unavailable_reason}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not allocator.available, reason=f"nothing is tracked here: {allocator.unavailable_reason}"
+    ),
+]
 needs_compiler = pytest.mark.skipif(
     native.compiler() is None, reason="NOT FUZZED: there is no C compiler to build tests/native"
 )

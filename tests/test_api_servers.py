@@ -33,6 +33,8 @@ from membound_async import MemoryLimiter, testing
 from membound_async.api import MemoryAPI
 from tests.test_api import SCHEMA
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 PATIENCE_SECONDS = 60
 """How long a test waits for what must come; nothing depends on how long it takes."""

@@ -28,6 +28,8 @@ from websockets.sync.client import connect
 from membound_async import MemoryLimiter, grant, testing
 from membound_async.integrations.asgi import MemoryMiddleware, request_grant
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 Answer = tuple[int, dict[str, str], bytes]

@@ -361,7 +361,16 @@ def check_set_up(command: str) -> None:
             assert (ROOT / word).is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+LONG = {"docs/tutorial.md", "docs/howto/shrink-a-cache.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in LONG))
+        for page in PAGES
+    ],
+)
 def test_page_does_what_it_says(page, tmp_path):
     """Each page is a process of its own: its limits count what that uses, and only that."""
     tracks = any("allocator" in one.text for one in blocks_of(page) if one.language == "python")

@@ -45,8 +45,8 @@ from tests.simulation.programs import (
 from tests.simulation.runner import run
 from tests.simulation.shrink import shrink
 
-ON_ASYNCIO = 600
-ON_TRIO = 120
+ON_ASYNCIO = 400
+ON_TRIO = 80
 
 
 @pytest.mark.parametrize(("backend", "count"), [("asyncio", ON_ASYNCIO), ("trio", ON_TRIO)])

@@ -17,10 +17,13 @@ import pytest
 
 import membound_async
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("tmux") is None,
-    reason="tmux IS NOT INSTALLED: nothing was looked at in a terminal (apt-get install tmux)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("tmux") is None,
+        reason="tmux IS NOT INSTALLED: nothing was looked at in a terminal (apt-get install tmux)",
+    ),
+]
 
 PATIENCE_SECONDS = 30.0
 

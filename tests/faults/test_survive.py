@@ -18,6 +18,8 @@ import pytest
 
 from tests.cgroups import MemoryCgroup, memory_cgroup, why_not
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 DATA = ROOT / "examples" / "data"
 MIB = 1024 * 1024
@@ -133,7 +135,6 @@ def test_bounded_every_record_arrives_under_a_limit_of_the_data_segment(expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="survive.py needs Linux")
-@pytest.mark.slow
 def test_the_example_shows_both():
     survive = [*BARE, str(ROOT / "examples" / "survive.py")]
     done = subprocess.run(survive, capture_output=True, text=True, timeout=300, check=False)

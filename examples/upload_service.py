@@ -32,7 +32,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from membound_async import MemoryLimiter
 from membound_async.api import MemoryAPI
@@ -120,11 +120,11 @@ def service(limit: str | None, wait_seconds: float, *, bare: bool) -> Starlette:
             Route("/count", count, methods=["POST"]),
             Route("/checksum", checksum, methods=["POST"]),
             Route("/healthz", healthz),
-            Mount("/ops", MemoryAPI()),
         ],
         lifespan=lifespan,
     )
     if not bare:
+        app.mount("/ops", MemoryAPI())
         app.add_middleware(
             MemoryMiddleware,
             component="uploads",

@@ -1091,27 +1091,30 @@ class MemoryLimiter(LimiterState):
                     "wait; use `with grant(...)` from threads, or a limiter for each loop"
                 )
         with self._lock:
-            self._loop = running
-            self._now = running.now
-            self._timer = None
-            self._yield_at = self._sample_at = self._limit_look_at = -math.inf
-            self._gauge.forget_time()
-            self._calm_until = -math.inf
-            self._loop_token = running.token
+            self._serve(running)
         return running
+
+    def _serve(self, loop: EventLoop | None) -> None:
+        """Go by the clock of that event loop from now on, or by none's; with the lock held."""
+        self._loop = loop
+        self._now = time.monotonic if loop is None else loop.now
+        self._timer = None
+        self._yield_at = self._sample_at = self._limit_look_at = -math.inf
+        self._gauge.forget_time()
+        self._calm_until = -math.inf
+        self._loop_token = self if loop is None else loop.token
 
     def _forked(self) -> None:
         """Go on in a child process, in which no event loop runs and nobody waits.
 
         What was granted stays charged: the child has that memory, too.
         """
-        self._loop = self._timer = self._reclaim.run = None
-        self._loop_token = self
-        self._now = time.monotonic
+        self._serve(None)
+        self._reclaim.run = None
         self._impatient.clear()
         for request in reversed(self._ledger.all_waiting()):
             self._end(request)
-            self._withdraw(request, request.asked_at)
+            self._withdraw(request, self._now())  # how long it has waited is the parent's to say
         self._ledger.arriving = 0
 
     def _arm(self, loop: EventLoop) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from types import FrameType
 from typing import Any
 
 import anyio
@@ -33,6 +31,7 @@ from membound_async.ledger import Account, Ledger
 from membound_async.rules import Polynomial
 from membound_async.testing import ScriptedProbe
 from membound_async.waiters import Kind, Request, State
+from tests.calls import counted
 from tests.fuzz_deadlocks import run_programs
 
 
@@ -848,21 +847,13 @@ async def grow_5000(share: Any, components: int) -> None:
             else:
                 return
 
-    calls = 0
-
-    def count(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
+    with counted() as calls:
         async with anyio.create_task_group() as tasks:
             for number in range(5000):
                 tasks.start_soon(work, number)
-    finally:
-        sys.setprofile(before)
-    assert calls < 5000 * 1500  # each look costs in proportion to who waits, and there are few
+    assert (
+        calls.count < 5000 * 1500
+    )  # each look costs in proportion to who waits, and there are few
     assert ended["done"] == 5000
     assert ended["refused"] <= 5
     assert len(looks) <= 20

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "upload_service.py"
+from tests.uploads import serving
 
 
 @contextmanager
 def running(*arguments: str) -> Iterator[httpx.Client]:
     """Run the service as a program; give a client of it."""
-    argv = [sys.executable, str(EXAMPLE), "--port=0", *arguments]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as program:
-        try:
-            assert program.stderr is not None
-            said = ""
-            while (address := re.search(r"running on (http://\S+)", said)) is None:
-                line = program.stderr.readline()
-                assert line, said
-                said += line
-            with httpx.Client(base_url=address[1], timeout=60) as client:
-                yield client
-            program.send_signal(signal.SIGINT)
-            _, errors = program.communicate(timeout=30)
-            assert "Traceback" not in errors.replace("KeyboardInterrupt", "")
-        finally:
-            program.kill()
+    with serving(*arguments) as (program, port):
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=30)
+        assert "Traceback" not in errors.replace("KeyboardInterrupt", "")
 
 
 DOCUMENT = json.dumps([{"n": n, "text": "x"} for n in range(50_000)]).encode()

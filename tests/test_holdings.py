@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from dataclasses import asdict
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import anyio
 import pytest
 
 from membound_async import HeldGrant, MemoryLimiter, ResourceLimits, WaitingRequest, testing
+from tests.calls import counted
 
 
 @pytest.mark.virtual_time
@@ -125,20 +124,13 @@ def test_pages_are_checked() -> None:
 
 def calls(function: Any) -> int:
     """Count what a function calls, in Python and in C."""
-    count = 0
-
-    def note(_frame: FrameType, event: str, _arg: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
     gc.disable()
-    sys.setprofile(note)
     try:
-        function()
+        with counted() as made:
+            function()
     finally:
-        sys.setprofile(None)
         gc.enable()
-    return count
+    return made.count
 
 
 @pytest.mark.parametrize("observe", [False, True])

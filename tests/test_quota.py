@@ -7,12 +7,10 @@ otherwise there are 100 of them, and the share is a half.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
 from random import Random
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from membound_async.exceptions import GrantTooLarge, InvalidLimit, QuotaExceeded
 from membound_async.ledger import NO_LIMIT, Account, Ledger
 from membound_async.rules import Polynomial, Rule
 from membound_async.waiters import Kind, Request, State
+from tests.calls import counted
 from tests.fuzz_resources import Config, Pair
 from tests.quota_cases import CASES, DESIGN, OURS, Case
 
@@ -1670,19 +1669,9 @@ class Cost:
 
     def of(self, work: Callable[[], object]) -> int:
         """How many calls that piece of work made."""
-        calls = 0
-
-        def count(frame: FrameType, event: str, arg: Any) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        before = sys.getprofile()
-        sys.setprofile(count)
-        try:
+        with counted() as calls:
             work()
-        finally:
-            sys.setprofile(before)
-        return calls
+        return calls.count
 
 
 def arrange(requests: list[Request], order: str) -> Iterable[Request]:

@@ -92,6 +92,35 @@ async def main():
 asyncio.run(main())
 """
 
+ON_TRIO = """
+import trio  # whose clock does not go on in the child
+
+async def main():
+    limiter = MemoryLimiter("256MiB", share=1)
+    everything = limiter.grant_nowait(1, up_to="256MiB")
+
+    async def wait():
+        async with limiter.grant("5MiB"):
+            pass
+
+    def in_child():
+        assert limiter.statistics().waiting == 0
+        everything.release()
+        limiter.grant_nowait("20MiB").release()
+        waited = [one.total_wait_seconds for one in limiter.statistics().components]
+        assert all(0 <= seconds < 20 for seconds in waited), waited
+
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(wait)
+        while not limiter.statistics().waiting:
+            await trio.lowlevel.checkpoint()
+        forked(in_child)
+        assert limiter.statistics().waiting == 1
+        everything.release()
+
+trio.run(main)
+"""
+
 BESIDE_THREADS = """
 limiter = MemoryLimiter("256MiB")
 stop = threading.Event()
@@ -118,7 +147,9 @@ assert limiter.statistics().granted_bytes == 0
 """
 
 
-@pytest.mark.parametrize("program", [IN_USE, BESIDE_THREADS], ids=["in_use", "beside_threads"])
+@pytest.mark.parametrize(
+    "program", [IN_USE, ON_TRIO, BESIDE_THREADS], ids=["in_use", "on_trio", "beside_threads"]
+)
 def test_parent_and_child_both_go_on(program):
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + program],

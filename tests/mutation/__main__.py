@@ -15,14 +15,14 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
 os.environ["MEMBOUND_EXTENSION"] = "no"  # the defects are in the code in Python
 
-from tests.mutation.bench import PACKAGE, attempt
+from tests.mutation.bench import PACKAGE, Killer, attempt
 from tests.mutation.defects import DEFECTS, Defect
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.killers import by_chance, simulated, unit_tests, with_tests
@@ -46,10 +46,25 @@ LEDGER = ("quota.py", "ledger.py", "waiters.py", "rules.py")
 COSTLY = "small_cost small_the_cost little_is_remembered hundreds_of_sequences"
 
 
+def must_pass_whole(modules: Iterable[str], killers: Sequence[Killer]) -> None:
+    """Check that nothing is found in modules that are as they are, put in place as a defect is.
+
+    Raises:
+        RuntimeError: something is found; then all that is found in defects says nothing.
+    """
+    for module in modules:
+        path = PACKAGE / module
+        code = compile(path.read_text(encoding="utf-8"), path, "exec")
+        for in_function in (True, False):
+            if found := attempt(path, code, killers, in_function=in_function):
+                raise RuntimeError(f"{module} is whole, but {found}")
+
+
 def try_defects(defects: Sequence[Defect], items: Sequence[pytest.Item]) -> int:
     """Try seeded defects; give how many survive."""
     of_ledger = [*by_chance(1, 4), unit_tests(items, OF_LEDGER, but=COSTLY)]
     of_limiter = [*by_chance(1, 4)[-1:], unit_tests(items, OF_LIMITER, but=COSTLY)]
+    must_pass_whole({defect.module for defect in defects}, of_ledger[:-1])
     survived = 0
     for defect in defects:
         others = of_ledger if defect.module in LEDGER else of_limiter
@@ -76,6 +91,7 @@ def try_mutants(
         unit_tests(items, OF_LEDGER[3:], but=COSTLY),
         unit_tests(items, OF_LEDGER[:2]),
     ]
+    must_pass_whole(modules, killers[:2])
     survived = 0
     for module in modules:
         path = PACKAGE / module

@@ -50,7 +50,7 @@ def waiting_requests(
 ) -> list[WaitingRequest]:
     """Describe requests that wait, the oldest first."""
     everybody: Iterator[Request] = (
-        request for account in ledger.accounts.values() for request in account.waiting
+        request for account in ledger.accounts.values() for request in account.requests()
     )
     if most is None:
         ranked = sorted(everybody, key=_arrival)

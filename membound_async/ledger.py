@@ -428,7 +428,7 @@ class Ledger(Quota):
 
     def all_waiting(self) -> list[Request]:
         """Give all requests that wait, the oldest first."""
-        found = [each for account in self.accounts.values() for each in account.waiting]
+        found = [each for account in self.accounts.values() for each in account.requests()]
         return sorted(found, key=lambda request: request.arrival)
 
     def suspend_order(
@@ -742,7 +742,7 @@ class Ledger(Quota):
         dropped = [
             request
             for account in accounts
-            for request in account.waiting
+            for request in account.requests()
             if self.refusal(request) is not None
         ]
         dropped.sort(key=lambda request: request.arrival)

@@ -1310,7 +1310,7 @@ class MemoryLimiter(LimiterState):
     def _describe(
         self, account: Account, now: float, would_wait_seconds: dict[Account, float]
     ) -> ComponentStatistics:
-        oldest = next(iter(account.waiting), None)
+        oldest = account.oldest()
         peak_live, peak_overdraft = self._live.peaks(account.name)
         return ComponentStatistics(
             path=account.name,
@@ -1329,7 +1329,7 @@ class MemoryLimiter(LimiterState):
             peak_overdraft_bytes=peak_overdraft,
             peak_granted_bytes=account.peak,
             grants=account.holders.count,
-            waiting=len(account.waiting),
+            waiting=account.waiting,
             waiting_bytes=account.waiting_bytes,
             oldest_wait_seconds=0.0 if oldest is None else max(0.0, now - oldest.asked_at),
             total_wait_seconds=self._wait_seconds.get(account, 0.0),

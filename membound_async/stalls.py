@@ -75,9 +75,9 @@ def describe_stall(ledger: Ledger, now: float) -> Stalled:
         )[:REPORTED]
     ]
     heads = [
-        next(iter(account.waiting)) if account.queue is None else account.queue.head()
+        head
         for account in ledger.accounts.values()
-        if account.waiting
+        if (head := account.oldest() if account.queue is None else account.queue.head())
     ]
     heads.sort(key=lambda head: head.asked_at)
     return Stalled(
@@ -91,7 +91,7 @@ def describe_stall(ledger: Ledger, now: float) -> Stalled:
                 "component": head.account.name,
                 "wanted_bytes": head.nbytes,
                 "missing_bytes": ledger.missing(head),
-                "waiting": len(head.account.waiting),
+                "waiting": head.account.waiting,
                 "waited_seconds": round(now - head.asked_at, 3),
             }
             for head in heads[:REPORTED]

@@ -11,7 +11,8 @@ This is the state that the ledger keeps; it decides nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
+from itertools import chain, islice
 
 from .fastpath import NO_LIMIT, AccountState, Holders, LedgerState
 from .waiters import Order, Ranking, Request
@@ -160,7 +161,7 @@ class Account(Stock):
         group: what it divides with others of its group; None if it is in none.
         by_sender: who has something in flight to it, or waits for that.
         holders: its grants that are held.
-        waiting: all requests that wait in it, the oldest first.
+        waiting: how many requests wait in it.
         waiting_bytes: how much they want together.
         queue: who waits for the component itself; None if nobody does.
         incoming: requests that wait to take over what this account has.
@@ -190,8 +191,27 @@ class Account(Stock):
         self.by_sender: dict[Hashable, Sender] = {}
         self.incoming: dict[Request, None] = {}
         self.holders = Holders()
-        self.waiting: OrderedDict[Request, None] = OrderedDict()
-        self.waiting_bytes = 0
+        self.waiting = self.waiting_bytes = 0
+
+    def lines(self) -> list[Mapping[Request, None]]:
+        """Give the lines in which anybody waits: its own two, and one for each sender."""
+        queue = self.queue
+        lines: list[Mapping[Request, None]] = [sender.line for sender in self.by_sender.values()]
+        if queue is not None:
+            lines += [queue.grows, queue.requests]
+        return [line for line in lines if line]
+
+    def requests(self) -> Iterator[Request]:
+        """Give all requests that wait, in no order between its lines."""
+        return chain.from_iterable(self.lines())
+
+    def oldest(self) -> Request | None:
+        """Give the request that has waited longest; None if there is none.
+
+        It is the first of its line, or the second behind the grow of an exclusive grant.
+        """
+        firsts = (each for line in self.lines() for each in islice(line, 2))
+        return min(firsts, key=lambda request: request.arrival, default=None)
 
     @property
     def is_waited_for(self) -> bool:

@@ -286,6 +286,7 @@ class Waiters(WaitersState, Order):
         self.count = 0
         self.alone = 0
         self._arrivals = 0
+        self._of_bytes = (self,)
 
     @property
     def ended(self) -> int:
@@ -312,13 +313,13 @@ class Waiters(WaitersState, Order):
         self._arrivals += 1
         request.arrival = self._arrivals
         request.state = State.WAITING
-        request.orders = (self,) if orders is None else orders
+        request.orders = self._of_bytes if orders is None else orders
         if request.exclusive and line:
             self._step_back(next(iter(line)))
         line[request] = None
         if request.exclusive:
             line.move_to_end(request, last=False)
-        account.waiting[request] = None
+        account.waiting += 1
         account.waiting_bytes += request.nbytes
         self.count += 1
         self.alone += request.alone
@@ -327,7 +328,7 @@ class Waiters(WaitersState, Order):
     def remove(self, request: Request, state: State) -> None:
         """Take a request out, wherever it stands, with its outcome."""
         account = request.account
-        del account.waiting[request]
+        account.waiting -= 1
         account.waiting_bytes -= request.nbytes
         if request.sender is not None:
             del request.sender.line[request]

@@ -241,7 +241,7 @@ class LedgerAdapter:
             assert account.excess == max(account.granted, account.live) - account.reserved
             assert account.reserved == 0 or account.entries > 0
             if account.queue is not None:
-                requests += account.waiting
+                requests += account.requests()
                 heads += self._check_queue(account)
         assert set(requests) == set(self._waiting.values())
         assert all(request.state is State.WAITING for request in requests)
@@ -261,7 +261,7 @@ class LedgerAdapter:
         head = queue.head()
         blocked = account.granted + head.nbytes > account.firm_limit and head.kind is not Kind.ENTER
         assert (head in waiters.heads) == (not blocked)
-        for request in account.waiting:
+        for request in account.requests():
             assert request is head or request not in waiters.heads
             assert request in fronts or not (request.barrier or request in waiters.counting)
         if blocked:

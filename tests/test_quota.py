@@ -120,12 +120,7 @@ class Bench(Ledger):
             assert request.state is State.NEW
 
     def barriers(self) -> list[Request]:
-        return [
-            request
-            for account in self.accounts.values()
-            for request in account.waiting
-            if request.barrier
-        ]
+        return [request for request in self.all_waiting() if request.barrier]
 
 
 # --- the rule

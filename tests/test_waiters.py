@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from membound_async import waiters as waiters_module
-from membound_async.stocks import BYTES, NO_LIMIT, Account, Pool
+from membound_async.stocks import BYTES, NO_LIMIT, Account, Pool, Sender
 from membound_async.waiters import Kind, Order, Queue, Ranking, Request, State, Waiters
 
 
@@ -155,7 +155,7 @@ def test_there_is_a_queue_only_while_anybody_waits():
     assert isinstance(owner.queue, Queue)
     assert (waiters.count, request.state) == (2, State.WAITING)
     waiters.remove(request, State.CANCELLED)
-    assert list(owner.waiting) == [grow]
+    assert (owner.waiting, [*owner.requests()]) == (1, [grow])
     waiters.remove(grow, State.ADMITTED)
     assert owner.queue is None
     assert (waiters.count, request.state, grow.state) == (0, State.CANCELLED, State.ADMITTED)
@@ -171,7 +171,23 @@ def test_grows_go_first_otherwise_who_came_first():
     second = waiting(waiters, owner, Kind.GROW)
     assert (owner.queue.head(), owner.queue.fronts()) == (first, [first, entry])
     assert [*owner.queue.grows, *owner.queue.requests] == [first, second, entry, request]
-    assert [each.arrival for each in owner.waiting] == [1, 2, 3, 4]
+    assert sorted(each.arrival for each in owner.requests()) == [1, 2, 3, 4]
+
+
+def test_the_oldest_of_an_account_is_found_in_whatever_line_it_stands():
+    waiters, owner = Waiters(), account()
+    assert owner.oldest() is None
+    owner.by_sender["s"] = sender = Sender("s")
+    oldest = Request(owner, 1, sender=sender)
+    assert waiters.add(oldest)
+    request = waiting(waiters, owner)
+    grow = waiting(waiters, owner, Kind.GROW)
+    exclusive = waiting(waiters, owner, Kind.GROW, exclusive=True)
+    assert next(iter(owner.queue.grows)) is exclusive  # type: ignore[union-attr]
+    for each in (oldest, request, grow, exclusive):
+        assert owner.oldest() is each
+        waiters.remove(each, State.CANCELLED)
+    assert (owner.oldest(), owner.waiting, owner.lines()) == (None, 0, [])
 
 
 def test_an_older_barrier_goes_before_the_first_grow():

@@ -6,6 +6,7 @@ otherwise there are 100 of them, and the share is a half.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -221,6 +222,114 @@ def test_where_the_fast_path_asks_for_the_slow_one():
     assert (ledger.free, ledger.moved, a.granted, b.granted, a.admissions) == before
     ledger.cancel(waiting)
     assert ledger.admit(a, 1)
+
+
+class Hasty:
+    """Two ledgers that are asked for the same; one by its fast paths first, where there are any."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        share = random.choice([Fraction(1, 2), Fraction(1, 3), Fraction(3, 4), Fraction(1)])
+        self.fast, self.slow = ledgers = [Bench(1000, share=share) for _ in range(2)]
+        for ledger in ledgers:
+            for name, minimum, firm in (("a", 0, NO_LIMIT), ("b", 90, 400), ("c", 150, NO_LIMIT)):
+                ledger.account(name, minimum, firm)
+        self.out: list[tuple[str, str | None, int]] = []
+        self.hits = 0
+
+    def step(self) -> None:
+        """Ask for something, give something back, or let the world change; compare."""
+        random, name = self.random, self.random.choice("abc")
+        what = random.choices(("ask", "back", "deliver", "world"), (6, 2, 3, 1))[0]
+        if what == "ask":
+            sender = random.choice([None, None, "x", "y"])
+            self.ask(name, random.randrange(random.choice([12, 60, 500])), sender)
+        elif what == "world":
+            self.change(name)
+        elif self.out:
+            name, sender, nbytes = taken = random.choice(self.out)
+            self.out.remove(taken)
+            if what == "deliver" and sender is not None:
+                self.deliver(name, sender, nbytes)
+                self.out.append((name, None, nbytes))
+            else:
+                for ledger in (self.fast, self.slow):
+                    account = ledger.accounts[name]
+                    of = None if sender is None else ledger.sender(account, sender)
+                    ledger.give_back(account, nbytes, sender=of)
+        assert self.numbers(self.fast) == self.numbers(self.slow)
+
+    def ask(self, name: str, nbytes: int, sender: str | None) -> None:
+        before, account = self.numbers(self.fast), self.fast.accounts[name]
+        if self.random.randrange(3) == 0:
+            of = None if sender is None else self.fast.sender(account, sender)
+            done = self.fast.request_at_once(Request(account, nbytes, sender=of)) is not None
+        elif sender is None:
+            done = self.fast.admit(account, nbytes)
+        else:
+            done = self.fast.admit_sent(account, sender, nbytes)
+        self.hits += done
+        assert done or self.numbers(self.fast) == before
+        admitted = done or self.now(self.fast, name, nbytes, sender)
+        assert admitted == self.now(self.slow, name, nbytes, sender)
+        if admitted:
+            self.out.append((name, sender, nbytes))
+
+    @staticmethod
+    def now(ledger: Bench, name: str, nbytes: int, sender: str | None) -> bool:
+        account = ledger.accounts[name]
+        of = None if sender is None else ledger.sender(account, sender)
+        try:
+            return not ledger.request_nowait(Request(account, nbytes, sender=of))
+        except (GrantTooLarge, QuotaExceeded):
+            return False
+
+    def deliver(self, name: str, sender: str, nbytes: int) -> None:
+        account = self.slow.accounts[name]
+        self.slow.deliver(account, nbytes, {}, self.slow.sender(account, sender))
+        account = self.fast.accounts[name]
+        if not self.fast.deliver_at_once(account, sender, nbytes):
+            self.fast.deliver(account, nbytes, {}, self.fast.sender(account, sender))
+
+    def change(self, name: str) -> None:
+        kind, number = self.random.randrange(4), self.random.randrange(1200)
+        for ledger in (self.fast, self.slow):
+            account = ledger.accounts[name]
+            if kind == 0 and account.entries:
+                ledger.leave(account)
+            elif kind == 0 and not ledger.enter_again(account):
+                with contextlib.suppress(GrantTooLarge, QuotaExceeded):
+                    ledger.request_nowait(Request(account, account.minimum, Kind.ENTER))
+            elif kind == 1:
+                ledger.resize(500 + number)
+                self.read(ledger, ledger.measured)
+            else:
+                self.read(ledger, number, **{name: number % 300})
+
+    @staticmethod
+    def read(ledger: Bench, measured: int, **live: int) -> None:
+        """At the limit each request is to look at memory first, as the limiter has it."""
+        ledger.reading(measured, look_after=max(-1, ledger.limit - measured), **live)
+
+    @staticmethod
+    def numbers(ledger: Bench) -> list[Any]:
+        """Everything that is charged, and what follows from it; not how often it was refused."""
+        found: list[Any] = [ledger.free, ledger.drift, ledger.highest_committed, ledger.moved]
+        for account in ledger.accounts.values():
+            found += [account.granted, account.in_flight, account.excess, account.reserved]
+            found += [account.peak, account.senders, account.admissions]
+            found += [{name: [*by.held.values()] for name, by in account.by_sender.items()}]
+        return found
+
+
+def test_a_fast_path_gives_what_the_other_would_and_nothing_else():
+    hits = 0
+    for seed in range(60):
+        both = Hasty(Random(seed))
+        for _ in range(100):
+            both.step()
+        hits += both.hits
+    assert hits > 600
 
 
 def test_a_reserve_is_had_past_everybody():

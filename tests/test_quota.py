@@ -332,6 +332,34 @@ def test_a_fast_path_gives_what_the_other_would_and_nothing_else():
     assert hits > 600
 
 
+def test_a_larger_limit_lets_in_who_waited_for_others_of_the_component_to_be_received():
+    ledger = Bench()
+    account = ledger.open("a")
+    ledger.held(account, 20, sender=ledger.sender(account, "x"))
+    request = ledger.waiting(account, 20, sender=ledger.sender(account, "y"))
+    assert ledger.waits_for(request)[0] == "firm limit"  # 4*20 + 20 of 100, even with all back
+    assert ledger.resize(119) == []
+    assert ledger.resize(120) == [request]
+
+
+def test_a_barrier_behind_a_grow_lets_others_past_once_its_firm_limit_keeps_it_out():
+    ledger = Bench(others={"fds": 20})
+    a, b, c = ledger.open_all("abc")
+    ours = ledger.held(a, 10)
+    ledger.held(b, 45, also={"fds": 10})
+    ledger.held(c, 15)
+    grow = ledger.growing(ours, 15)  # T = 40 of 30
+    barrier = ledger.waiting(a, 20, also={"fds": 8})
+    for _ in range(21):
+        ledger.held(c, 0, also={"fds": 1})
+        ledger.give_back(c, 0, also={"fds": 1})
+    assert ledger.barriers() == [barrier]
+    other = ledger.waiting(c, 0, also={"fds": 1})
+    assert ledger.declare(a, 0, 25) == [other]
+    assert ledger.barriers() == []
+    assert ledger.give_back(c, 10) == [grow]
+
+
 def test_a_reserve_is_had_past_everybody():
     ledger = Bench(bypass_limit=0)
     a, b, c = ledger.open("a"), ledger.open("b", minimum=10), ledger.open("c")

@@ -1,7 +1,8 @@
 """When memory truly runs out: the example dies bare and finishes bounded, every time.
 
-Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times. The
-memory cgroup of 256 MiB and the limit of the data segment are real ones, so is the OOM killer.
+Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times, and
+``--junit-xml=FILE`` says how high memory was in each. The memory cgroup of 256 MiB and the limit
+of the data segment are real ones, so is the OOM killer.
 """
 
 from __future__ import annotations
@@ -87,11 +88,13 @@ def test_bare_it_is_killed(cgroup: MemoryCgroup, run):
 
 @in_cgroup
 @runs
-def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run):
+def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run, record_property):
     done = cgroup.run([*BOUNDED, *PIPELINE, "--stall=3"])
+    record_property("peak_bytes", cgroup.peak_bytes())
     assert_all_arrived(done, expected)
     assert cgroup.oom_kills == 0
     numbers = limiter_statistics(done)
+    record_property("peak_measured_bytes", numbers["peak_measured_bytes"])
     assert numbers["limit_bytes"] == LIMIT_BYTES
     assert f"cgroup v{cgroup.version}" in numbers["limit_source"]
     assert numbers["peak_measured_bytes"] < LIMIT_BYTES

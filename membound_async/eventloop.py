@@ -205,9 +205,10 @@ class _TrioLoop(EventLoop):
 class ThreadPlace:
     """Where one thread waits; the same ``wake`` from any thread."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_lock", "thread")
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self._lock = threading.Lock()
         self._lock.acquire()
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import warnings
 from collections.abc import Coroutine, Hashable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -533,6 +534,10 @@ class MemoryGrant(GrantState):
         if state == HELD or state == ALONE:
             component = self._component
             limiter = component._limiter
+            if limiter._is_inside():
+                self._state = RELEASED  # so that it is not lost as well
+                limiter._do_later(partial(self._release_late, state))
+                return
             with limiter._lock:
                 if self._state == RELEASED:  # another thread was faster
                     return
@@ -556,6 +561,10 @@ class MemoryGrant(GrantState):
                 limiter._wake(settled)
         elif state == NEW:
             self._state = RELEASED
+
+    def _release_late(self, state: int) -> None:
+        self._state = state
+        self._release()
 
     def _held_by(self, operation: str) -> Any:
         """Give the limiter that it is held from."""

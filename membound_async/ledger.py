@@ -31,6 +31,7 @@ class Ledger(Quota):
         accounts: who has what, by name.
         moved: how much was granted and given back so far; grows with every change.
         look_at: the value of ``moved`` past which memory must be measured again.
+        on_its_way: requests that were admitted, and whose callers have not got it yet.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Ledger(Quota):
             limit, baseline=baseline, share=share, bypass_limit=bypass_limit, others=others
         )
         self.accounts: dict[str, Account] = {}
+        self.on_its_way: dict[Request, None] = {}
         self._tracked = False
         self._holders: dict[Account, None] = {}
         self._stirred: dict[Pool, None] = {}
@@ -325,11 +327,15 @@ class Ledger(Quota):
             self.free += (excess if excess > 0 else 0) - (now if now > 0 else 0)
         self.moved += nbytes
         if exclusive:
-            self._exclusive = None
-            self._closed = bool(self.waiters.barriers)
+            self.reopen()
             if account.queue is not None:
                 account.queue.head().exclusive = False  # the grant's grow, if that waits
         return self._changed(account) if self.waiters.count else ()
+
+    def reopen(self) -> None:
+        """Let others draw on the pool again, whether or not a grant had it alone."""
+        self._exclusive = None
+        self._closed = bool(self.waiters.barriers)
 
     def deliver(
         self,
@@ -359,17 +365,18 @@ class Ledger(Quota):
     def arrives(self, request: Request) -> None:
         """Note that what was charged cannot be in use yet: nobody has been given it.
 
-        So it is with whoever waits until it is admitted. Not with a minimum: it is only reserved.
+        So it is with whoever waits until it is admitted. Not with a minimum: it is only reserved;
+        and not with a transfer: that memory is in use already.
         """
-        is_noted = request.arriving or request.kind is Kind.ENTER
-        if request.state is State.ADMITTED and not is_noted:
-            request.arriving = True
+        is_none = request.kind is Kind.ENTER or request.source is not None
+        if request.state is State.ADMITTED and not is_none and request not in self.on_its_way:
+            self.on_its_way[request] = None
             self.arriving += request.nbytes
 
     def arrived(self, request: Request) -> None:
         """Note that what was charged may be in use from now on, or was given back."""
-        if request.arriving:
-            request.arriving = False
+        if request in self.on_its_way:
+            del self.on_its_way[request]
             self.arriving -= request.nbytes
 
     def end_transfer(self, request: Request) -> Account:
@@ -612,8 +619,8 @@ class Ledger(Quota):
             front = next(iter(sender.line))
             if front.stock is not None:
                 self._put(front)
-        elif not sender.held:
-            by_sender.pop(sender.name, None)
+        elif not sender.held and by_sender.get(sender.name) is sender:
+            del by_sender[sender.name]
 
     def _update(
         self, stock: Stock, granted: int, reserved: int, live: int, in_flight: int | None = None

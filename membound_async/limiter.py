@@ -39,6 +39,7 @@ from .exceptions import (
 )
 from .fastpath import ALONE, NEW, LimiterState
 from .forks import see_through_forks
+from .garbage import is_collecting
 from .gauge import Gauge
 from .grant import PLAIN, MemoryGrant, Options, make_grant
 from .holdings import held_grants, waiting_requests
@@ -95,6 +96,9 @@ LIMIT_LOOK_SECONDS = 1.0
 
 UNTANGLE_SECONDS = 0.01
 """How soon to look again at who waits for whom, after something was done about it."""
+
+SOME_TASK = object()
+"""The task of a request that has not waited, while it is held back; which one, nobody asks."""
 
 
 class _NoMemory:
@@ -191,7 +195,8 @@ class MemoryLimiter(LimiterState):
         )
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
-        self._abandoned: deque[tuple[Account, int, bool, Options | None]] = deque()
+        self._late: deque[partial[None]] = deque()
+        """What could not be done at once, because it may have come in the midst of something."""
         self._impatient: dict[Account, dict[object, Callable[[], None]]] = {}
         """Who holds something of an account, and is to be told if somebody waits for that."""
         self._loop: EventLoop | None = None
@@ -276,7 +281,8 @@ class MemoryLimiter(LimiterState):
         """Take a reading of memory, and give everything there is to know as a snapshot.
 
         From the limiter's event loop, or from a thread. Never waits. Costs time in proportion
-        to the number of components, whatever the number of grants and waiters.
+        to the number of components, and of senders to those in which anybody waits, whatever
+        the number of grants and waiters.
         """
         now = self._now()
         self._sample(now)
@@ -755,6 +761,9 @@ class MemoryLimiter(LimiterState):
         await self._acquire(request, None)
 
     def _leave(self, component: Component) -> None:
+        if self._is_inside():
+            self._do_later(partial(self._leave, component))
+            return
         account: Account = component._account
         with self._lock:
             settled = self._ledger.leave(account)
@@ -821,8 +830,6 @@ class MemoryLimiter(LimiterState):
                 self._waited(request, now)
                 self._has_yielded(self._now())
             if self._delay:
-                with self._lock:
-                    self._ledger.arrives(request)
                 await anyio.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
@@ -884,8 +891,6 @@ class MemoryLimiter(LimiterState):
                     self._look()
                 self._waited(request, now)
             if self._delay:
-                with self._lock:
-                    self._ledger.arrives(request)
                 time.sleep(self._delay_of(request))
         except BaseException as error:
             self._withdraw(request, now)
@@ -933,19 +938,24 @@ class MemoryLimiter(LimiterState):
     def _end(self, request: Request) -> None:
         """Note that nobody waits for the request any more."""
         request.owner = request.task = None  # a heap may remember the request for long
-        if request.arriving:
+        if request in self._ledger.on_its_way:
+            if self._is_inside():
+                self._do_later(partial(self._end, request))
+                return
             with self._lock:
                 self._ledger.arrived(request)
 
     def _delay_of(self, request: Request) -> float:
         """Give how long an admitted request is held back, and note it."""
-        delay = self._delay
-        if not delay or self._observe or not request.pooled or request.kind is not Kind.GRANT:
-            return 0.0
-        if request.source is not None:
-            return 0.0
-        self._add(self._delay_seconds, request.account, delay)
-        self._hooks.tell(GrantDelayed(request.account.name, request.nbytes, delay))
+        delay = 0.0
+        if not self._observe and request.pooled and request.kind is Kind.GRANT:
+            delay = 0.0 if request.source is not None else self._delay
+        if delay:
+            self._add(self._delay_seconds, request.account, delay)
+            self._hooks.tell(GrantDelayed(request.account.name, request.nbytes, delay))
+        with self._lock:
+            self._ledger.arrives(request)
+            request.task = request.task or SOME_TASK
         return delay
 
     def _ask(self, request: Request, now: float) -> list[Request]:
@@ -991,6 +1001,9 @@ class MemoryLimiter(LimiterState):
 
     def _withdraw(self, request: Request, since: float) -> None:
         """Undo a request that nobody waits for any more, whatever has become of it."""
+        if self._is_inside():
+            self._do_later(partial(self._withdraw, request, since))
+            return
         with self._lock:
             if request.state is State.WAITING:
                 self._add(self._wait_seconds, request.account, self._now() - since)
@@ -1030,21 +1043,37 @@ class MemoryLimiter(LimiterState):
         )
 
     def _abandon(self, grant: MemoryGrant) -> None:
-        """Queue what a garbage-collected grant held. Takes no lock: may run anywhere."""
-        self._abandoned.append(
-            (grant._component._account, grant._size, grant._state == ALONE, grant._options)
+        """Note what a garbage-collected grant held. Takes no lock: may run anywhere."""
+        account, is_alone = grant._component._account, grant._state == ALONE
+        self._do_later(
+            partial(self._give_back_leaked, account, grant._size, is_alone, grant._options)
         )
+
+    def _give_back_leaked(
+        self, account: Account, nbytes: int, exclusive: bool, options: Options | None
+    ) -> None:
+        with self._lock:
+            settled = self._let_go_of(account, nbytes, exclusive, options)
+        self._wake(settled)
+        self._hooks.tell(GrantLeaked(account.name, nbytes))
+
+    def _is_inside(self) -> bool:
+        """Whether this may have come in the midst of something, in the thread that has the lock.
+
+        The collector closes tasks and generators that are garbage wherever it happens to run.
+        """
+        return self._lock.locked() and is_collecting()
+
+    def _do_later(self, call: partial[None]) -> None:
+        """Have something done as soon as nobody has the lock. Takes no lock: from anywhere."""
+        self._late.append(call)
         if self._loop is not None:
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
-        """Give back what was queued by finalisers."""
-        while self._abandoned:
-            account, nbytes, exclusive, options = self._abandoned.popleft()
-            with self._lock:
-                settled = self._let_go_of(account, nbytes, exclusive, options)
-            self._wake(settled)
-            self._hooks.tell(GrantLeaked(account.name, nbytes))
+        """Do what was left for later."""
+        while self._late:
+            self._late.popleft()()
 
     def _wake(self, settled: Iterable[Request]) -> None:
         """Let those that wait for these requests go on, wherever they wait."""
@@ -1082,7 +1111,7 @@ class MemoryLimiter(LimiterState):
             if loop.token is running.token:
                 return loop
             held = len(self._held())
-            if not loop.ended and (held or self._ledger.waiters.count):
+            if not loop.ended and (held or self._ledger.waiters.count or self._ledger.arriving):
                 if self.is_noop:
                     return running
                 raise LimitError(
@@ -1104,31 +1133,47 @@ class MemoryLimiter(LimiterState):
         self._calm_until = -math.inf
         self._loop_token = self if loop is None else loop.token
 
-    def _forked(self) -> None:
+    def _forked(self, task: object) -> None:
         """Go on in a child process, in which no event loop runs and nobody waits.
 
-        What was granted stays charged: the child has that memory, too.
+        What grants hold stays charged: the child has that memory, too. But nobody has the pool
+        alone, since nobody may be left to give it back.
+
+        Args:
+            task: who has forked, and goes on here; None if that is no task.
         """
+        ledger = self._ledger
         self._serve(None)
         self._reclaim.run = None
         self._impatient.clear()
-        for request in reversed(self._ledger.all_waiting()):
-            self._end(request)
+        ledger.reopen()
+
+        def is_its_own(request: Request) -> bool:
+            if isinstance(request.owner, ThreadPlace):
+                return request.owner.thread == threading.get_ident()
+            return request.task is None or request.task is task  # None: it is just being made
+
+        everybody = (*ledger.on_its_way, *reversed(ledger.all_waiting()))
+        others = [request for request in everybody if not is_its_own(request)]
+        for request in others:
             self._withdraw(request, self._now())  # how long it has waited is the parent's to say
-        self._ledger.arriving = 0
+            request.state = State.CANCELLED
+            self._end(request)
 
     def _arm(self, loop: EventLoop) -> None:
         """Have memory looked at from time to time while anybody waits."""
         if self._timer is None:
             seconds = UNTANGLE_SECONDS if self._untangled else self._interval()
-            self._timer = loop.call_later(seconds, self._tick)
+            self._timer = loop.call_later(seconds, partial(self._tick, loop))
 
-    def _tick(self) -> None:
+    def _tick(self, loop: EventLoop) -> None:
+        if loop is not self._loop:  # it was another's limiter since
+            return
         self._timer = None
         self._look()
         self._look_for_deadlock()
-        if self._ledger.waiters.count and self._loop is not None:
-            self._arm(self._loop)
+        if self._ledger.waiters.count:
+            self._arm(loop)
 
     def _look(self) -> None:
         """Look at memory and at those who wait."""
@@ -1208,14 +1253,14 @@ class MemoryLimiter(LimiterState):
     # --- the world
 
     def _sample_if_due(self, nbytes: int, now: float) -> None:
-        if self._abandoned:
+        if self._late:
             self._drain()
         if now >= self._sample_at or self._ledger.moved + nbytes > self._ledger.look_at:
             self._sample(now)
 
     def _sample(self, now: float) -> None:
         """Read memory and the limit, and let in who fits now."""
-        if self._abandoned:
+        if self._late:
             self._drain()
         if self._reread_limit is not None and now >= self._limit_look_at:
             self._limit_look_at = now + LIMIT_LOOK_SECONDS
@@ -1265,10 +1310,11 @@ class MemoryLimiter(LimiterState):
         return baseline
 
     def _look_at_limit(self) -> None:
-        assert self._reread_limit is not None
+        reread = self._reread_limit
         try:
-            limit_bytes = self._reread_limit()
-            if limit_bytes != self._limit.limit_bytes:
+            limit_bytes = self._limit.limit_bytes if reread is None else reread()
+            changed = limit_bytes != self._limit.limit_bytes
+            if changed and self._reread_limit is not None:  # no resize() in another thread since
                 self._resize(limit_bytes, self._limit.source)
         except (OSError, InvalidLimit) as error:
             if self._limit_is_read:

@@ -6,7 +6,10 @@ What is free, in bytes (``k`` runs over the components)::
     S_k = in flight to k, charged on behalf of its senders
     C_k = max(m_k, g_k, live_k) + S_k                     what k has of the limit
     R   = L - B - D - sum(C_k)                            what is free
-    D   = max(0, M - B - W)                               measured, but granted to nobody
+    D   = max(0, M + A - B - W)                           measured, but granted to nobody
+
+``W``, the high-water mark of what was had, and ``A``, what was admitted and cannot be in use yet,
+follow from the readings; see ``Ledger.observe``.
 
 The rule, from bus1 (Linux, resource accounting): "for any given request, the resources
 available to the consumer making the request is half the resources not currently consumed by
@@ -90,7 +93,7 @@ class Quota(Pool):
         self.drift = 0
         self.measured = baseline
         self.arriving: int = 0
-        """Charged, but not handed over yet: no reading can show it."""
+        """``A``: charged, but not handed over yet, so that no reading can show it."""
         self.free = self._lowest_free = limit - baseline
         self.pools: dict[str, Pool] = {BYTES: self}
         for resource, amount in others.items():
@@ -114,7 +117,7 @@ class Quota(Pool):
 
     @property
     def highest_committed(self) -> int:
-        """``W``: the highest sum of ``C_k``; heap up to there may be reused, so it is no drift."""
+        """``W``: heap up to there was had before and may be reused, so it is no drift."""
         return self.limit - self.baseline - self.drift - self._lowest_free
 
     @property

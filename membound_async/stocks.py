@@ -195,6 +195,8 @@ class Account(Stock):
 
     def lines(self) -> list[Mapping[Request, None]]:
         """Give the lines in which anybody waits: its own two, and one for each sender."""
+        if not self.waiting:
+            return []
         queue = self.queue
         lines: list[Mapping[Request, None]] = [sender.line for sender in self.by_sender.values()]
         if queue is not None:

@@ -60,7 +60,6 @@ class Request:
         up_to: the most that is of use, at least ``nbytes``.
         held: of a grow, the bytes that the grant has already.
         alone: may exceed the quota, by holding the pool alone.
-        arriving: it is admitted, and who wanted it has not got it yet.
         exclusive: was admitted so; of a grow that waits, belongs to a grant that is.
         owner: whatever the caller wants to find again when the outcome is there.
         task: the task that waits for it; None if that is not known.
@@ -73,7 +72,6 @@ class Request:
         "alone",
         "also",
         "arrival",
-        "arriving",
         "asked_at",
         "barrier",
         "exclusive",
@@ -121,7 +119,7 @@ class Request:
         self.exclusive = exclusive
         self.owner = owner
         self.task: Any = None
-        self.gives_up = self.arriving = False
+        self.gives_up = False
         self.holders: tuple[tuple[str, int], ...] = ()
         self.state = State.NEW
         self.pooled = False
@@ -286,7 +284,7 @@ class Waiters(WaitersState, Order):
         self.count = 0
         self.alone = 0
         self._arrivals = 0
-        self._of_bytes = (self,)
+        self._of_bytes = (self,)  # one tuple for all who wait for nothing else
 
     @property
     def ended(self) -> int:

@@ -145,25 +145,28 @@ async def test_cancelled_at_every_step(scenario: Scenario, delay: float) -> None
         reclaim=False,
         pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay),
     )
-    steps = finished = 0
     met: set[str] = set()
-    while finished < 10:  # in a row: trio runs its tasks in an order of chance
-        probe: Any = ScriptedProbe(20)  # above the threshold, but no drift
-        limiter = testing.limiter(1000, probe=probe, settings=settings)
-        limiter._ledger._lowest_free = limiter._ledger.free - 1000
-        cancelled = await cancelled_after(steps, scenario, limiter, met)
-        snapshot = limiter.statistics()
-        assert snapshot.free_bytes + snapshot.drift_bytes == 1000, steps
-        assert (snapshot.grants, snapshot.waiting) == (0, 0), steps
-        assert all(
-            (component.granted_bytes, component.entered) == (0, 0)
-            for component in snapshot.components
-        )
-        async with limiter.component("after").grant(100):
-            pass
-        steps += 1
-        finished = 0 if cancelled else finished + 1
-        assert steps < 2000
+    for _ in range(5):
+        steps = finished = 0
+        while finished < 10:  # in a row: trio runs its tasks in an order of chance
+            probe: Any = ScriptedProbe(20)  # above the threshold, but no drift
+            limiter = testing.limiter(1000, probe=probe, settings=settings)
+            limiter._ledger._lowest_free = limiter._ledger.free - 1000
+            cancelled = await cancelled_after(steps, scenario, limiter, met)
+            snapshot = limiter.statistics()
+            assert snapshot.free_bytes + snapshot.drift_bytes == 1000, steps
+            assert (snapshot.grants, snapshot.waiting) == (0, 0), steps
+            assert all(
+                (component.granted_bytes, component.entered) == (0, 0)
+                for component in snapshot.components
+            )
+            async with limiter.component("after").grant(100):
+                pass
+            steps += 1
+            finished = 0 if cancelled else finished + 1
+            assert steps < 2000
+        if met == {"waits", "holds"}:  # by chance, too
+            break
     assert met == {"waits", "holds"}
     assert steps > 15
 

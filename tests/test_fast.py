@@ -179,6 +179,7 @@ def _program(*arguments: str, extension: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 @extension_only
 def test_the_same_happens_without_the_extension() -> None:
     in_c = json.loads(_program(__file__, "0", "15", extension="yes"))

@@ -23,7 +23,7 @@ LAYERS = (
     {"component", "grant", "limiter", "live", "reclaim", "stalls", "eventloop", "context", "forks"},
     {"drift", "eventlog", "holdings"},
     {"hooks"},
-    {"gauge", "limits", "probes", "events", "allocator"},
+    {"gauge", "limits", "probes", "events", "allocator", "garbage"},
     {"deadlocks"},
     {"ledger", "resources", "quota", "waiters", "stocks", "rehearsal"},
     {"advice"},

@@ -360,6 +360,36 @@ def test_a_barrier_behind_a_grow_lets_others_past_once_its_firm_limit_keeps_it_o
     assert ledger.give_back(c, 10) == [grow]
 
 
+def test_giving_back_nothing_leaves_another_sender_of_that_name_alone():
+    ledger = Bench()
+    account = ledger.open("a")
+    nothing = ledger.held(account, 0, sender=ledger.sender(account, "x"))
+    ledger.held(account, 20, sender=ledger.sender(account, "x"))
+    waiting = ledger.waiting(account, 20, sender=ledger.sender(account, "x"))
+    assert ledger.undo(nothing) == []
+    assert ledger.all_waiting() == [waiting]
+    assert ledger.give_back(account, 20, sender=ledger.sender(account, "x")) == [waiting]
+
+
+def test_what_is_transferred_is_in_use_while_it_is_on_its_way():
+    ledger = Ledger(100, share=Fraction(1))
+    a, b = ledger.account("a"), ledger.account("b", firm_limit=41)
+    for account, nbytes in ((a, 40), (b, 2)):
+        assert ledger.admit(account, nbytes)
+    transfer = Request(b, 40, source=a)
+    assert ledger.request(transfer) == []
+    assert ledger.give_back(b, 2) == [transfer]
+    assert (ledger.arriving, ledger.on_its_way) == (0, {})
+    ledger.observe(96, pressed=True, look_after=0)
+    assert ledger.drift == 56
+    grant = Request(a, 4)
+    ledger.observe(40, pressed=False, look_after=0)
+    assert ledger.request(grant) == [grant]
+    assert (ledger.arriving, [*ledger.on_its_way]) == (4, [grant])
+    ledger.observe(96, pressed=True, look_after=0)
+    assert ledger.drift == 96 + 4 - 44
+
+
 def test_a_reserve_is_had_past_everybody():
     ledger = Bench(bypass_limit=0)
     a, b, c = ledger.open("a"), ledger.open("b", minimum=10), ledger.open("c")

@@ -45,7 +45,7 @@ from tests.simulation.programs import (
 from tests.simulation.runner import run
 from tests.simulation.shrink import shrink
 
-ON_ASYNCIO = 400
+ON_ASYNCIO = 300
 ON_TRIO = 80
 
 

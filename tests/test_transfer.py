@@ -62,6 +62,7 @@ async def steps(count: int) -> None:
         await anyio.lowlevel.checkpoint()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not EXTENSION, reason="this is the run without it")
 def test_all_this_without_the_extension() -> None:
     done = subprocess.run(

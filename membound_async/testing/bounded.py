@@ -308,6 +308,10 @@ class _WatchedLock:
         self._letting_go()
         self._lock.release()
 
+    def locked(self) -> bool:
+        locked: bool = self._lock.locked()
+        return locked
+
     def __enter__(self) -> None:
         self.acquire()
 

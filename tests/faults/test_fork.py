@@ -146,10 +146,124 @@ for thread in threads:
 assert limiter.statistics().granted_bytes == 0
 """
 
+ON_THEIR_WAY = """
+from membound_async import LimiterSettings
+from membound_async.testing import ScriptedProbe, limiter
 
-@pytest.mark.parametrize(
-    "program", [IN_USE, ON_TRIO, BESIDE_THREADS], ids=["in_use", "on_trio", "beside_threads"]
-)
+async def main():
+    probe = ScriptedProbe(0)
+    limited = limiter("100MiB", probe=probe, share=1, settings=LimiterSettings())
+
+    async def use(nbytes):
+        async with limited.grant(nbytes):
+            pass
+
+    def in_child():
+        assert limited.statistics().granted_bytes == 0
+        probe.set(0)
+        limited.grant_nowait("100MiB").release()
+
+    everything = limited.grant_nowait("100MiB")
+    admitted = asyncio.create_task(use("50MiB"))
+    while not limited.statistics().waiting:
+        await asyncio.sleep(0)
+    everything.release()
+    assert limited.statistics().granted_bytes == 50 * MIB  # its task has not run since
+    forked(in_child)
+    await admitted
+
+    probe.set(97 * MIB)
+    held_back = asyncio.create_task(use("2MiB"))
+    while not limited.statistics().granted_bytes:
+        await asyncio.sleep(0)
+    forked(in_child)
+    await held_back
+
+    children = []
+
+    def fork_once(event):
+        if event.name.endswith("delayed") and not children:
+            children.append(os.fork())
+
+    def fork_in_hook():
+        with limited.add_hook(fork_once), limited.grant("1MiB"):
+            assert limited.statistics().granted_bytes == MIB
+        assert limited.statistics().granted_bytes == 0
+        if children == [0]:
+            os._exit(0)
+        assert os.waitpid(children[0], 0)[1] == 0
+
+    await asyncio.to_thread(fork_in_hook)
+
+asyncio.run(main())
+"""
+
+ALONE = """
+limiter = MemoryLimiter("256MiB")
+whole = limiter.component("whole")
+other = limiter.component("other")
+
+def in_child():
+    other.grant_nowait("1MiB").release()
+
+with whole.grant(limiter.statistics().free_bytes * 3 // 4, oversize="alone"):
+    forked(in_child)
+"""
+
+WHO_WAITED_IS_GARBAGE = """
+import gc
+
+async def main():
+    limiter = MemoryLimiter("256MiB", share=1)
+    everything = limiter.grant_nowait(1, up_to="256MiB")
+
+    async def wait():
+        async with limiter.grant("5MiB"):
+            pass
+
+    tasks = {asyncio.create_task(wait()) for _ in range(3)}
+    while limiter.statistics().waiting < 3:
+        await asyncio.sleep(0)
+
+    def in_child():
+        tasks.clear()  # nobody refers to them now
+        with limiter._lock:
+            gc.collect()
+        limiter.statistics()
+
+    forked(in_child)
+    everything.release()
+    await asyncio.gather(*tasks)
+
+asyncio.run(main())
+"""
+
+IN_A_SIGNAL_HANDLER = """
+limiter = MemoryLimiter("256MiB")
+kept = limiter.grant_nowait("10MiB")
+
+def in_child():
+    assert limiter.statistics().granted_bytes == 10 * MIB
+    limiter.grant_nowait("1MiB").release()
+
+signal.signal(signal.SIGUSR1, lambda *_: forked(in_child))
+with limiter._lock:  # in the midst of something
+    os.kill(os.getpid(), signal.SIGUSR1)
+kept.release()
+"""
+
+PROGRAMS = {
+    "in_use": IN_USE,
+    "on_trio": ON_TRIO,
+    "beside_threads": BESIDE_THREADS,
+    "on_their_way": ON_THEIR_WAY,
+    "alone": ALONE,
+    "garbage": WHO_WAITED_IS_GARBAGE,
+    "signal_handler": IN_A_SIGNAL_HANDLER,
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_parent_and_child_both_go_on(program):
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + program],

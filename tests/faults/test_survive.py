@@ -90,7 +90,7 @@ def test_bare_it_is_killed(cgroup: MemoryCgroup, run):
 @runs
 def test_bounded_every_record_arrives(cgroup: MemoryCgroup, expected, run, record_property):
     done = cgroup.run([*BOUNDED, *PIPELINE, "--stall=3"])
-    record_property("peak_bytes", cgroup.peak_bytes())
+    record_property("peak_bytes", cgroup.peak_bytes)
     assert_all_arrived(done, expected)
     assert cgroup.oom_kills == 0
     numbers = limiter_statistics(done)

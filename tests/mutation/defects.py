@@ -200,8 +200,20 @@ DEFECTS = (
     Defect(
         "the pool stays with a grant that had it alone",
         "ledger.py",
-        "_exclusive = None\n            self._closed = bool(self.waiters.barriers)\n",
+        "_exclusive = None\n        self._closed = bool(self.waiters.barriers)\n",
         "_closed = bool(self.waiters.barriers)\n",
+    ),
+    Defect(
+        "what is transferred is not in use yet",
+        "ledger.py",
+        "request.kind is Kind.ENTER or request.source is not None",
+        "request.kind is Kind.ENTER",
+    ),
+    Defect(
+        "who gives nothing back takes the sender of that name along",
+        "ledger.py",
+        "elif not sender.held and by_sender.get(sender.name) is sender:",
+        "elif not sender.held and sender.name in by_sender:",
     ),
     # --- who comes in
     Defect(
@@ -317,14 +329,13 @@ DEFECTS = (
     Defect(
         "grows are delayed",
         "limiter.py",
-        "or not request.pooled or request.kind is not Kind.GRANT:",
-        "or not request.pooled:",
+        "and request.pooled and request.kind is Kind.GRANT:",
+        "and request.pooled:",
     ),
     Defect(
         "the timer is not started again",
         "limiter.py",
-        "        if self._ledger.waiters.count and self._loop is not None:\n"
-        "            self._arm(self._loop)\n",
+        "        if self._ledger.waiters.count:\n            self._arm(loop)\n",
         "",
     ),
     Defect(
@@ -336,14 +347,14 @@ DEFECTS = (
     Defect(
         "what a lost grant held is not given back",
         "limiter.py",
-        "settled = self._let_go_of(account, nbytes, exclusive, options)\n            self._wake",
-        "settled = ()\n            self._wake",
+        "settled = self._let_go_of(account, nbytes, exclusive, options)\n        self._wake",
+        "settled = ()\n        self._wake",
     ),
     Defect(
         "who comes in by what a lost grant held is not woken",
         "limiter.py",
-        "            self._wake(settled)\n            self._hooks.tell(GrantLeaked",
-        "            self._hooks.tell(GrantLeaked",
+        "        self._wake(settled)\n        self._hooks.tell(GrantLeaked",
+        "        self._hooks.tell(GrantLeaked",
     ),
     Defect(
         "who comes in by a higher limit is not woken",
@@ -378,8 +389,8 @@ DEFECTS = (
     Defect(
         "a container's limit that was raised is not noticed",
         "limiter.py",
-        "if limit_bytes != self._limit.limit_bytes:",
-        "if limit_bytes < self._limit.limit_bytes:",
+        "changed = limit_bytes != self._limit.limit_bytes",
+        "changed = limit_bytes < self._limit.limit_bytes",
     ),
     Defect(
         "the first handle gives back what all share",

@@ -709,7 +709,7 @@ class Books(Pair):
                     must(False, f"{grant} is said to be held")
                 alone += grant._state == ALONE
                 self.count(found, grant._component.path, grant._size, grant._options, shares)
-        for account, nbytes, exclusive, options in limiter._abandoned:
+        for account, nbytes, exclusive, options in (late.args for late in limiter._late):
             alone += exclusive
             self.count(found, account.name, nbytes, options, shares)
         for request, wish in self.limbo.items():
@@ -740,8 +740,9 @@ class Books(Pair):
         must(not left, f"grants hold what no account has: {left}")
 
     def arriving(self) -> int:
-        """Give the bytes that were admitted, and that nobody has got yet."""
-        return sum(wish.amounts.get(BYTES, 0) for wish in self.limbo.values())
+        """Give the bytes that were admitted, and cannot be in use: nobody has got them yet."""
+        wishes = [wish for wish in self.limbo.values() if wish.source is None]
+        return sum(wish.amounts.get(BYTES, 0) for wish in wishes)
 
     @staticmethod
     def check_inbox(inbox: Inbox[Any]) -> None:
@@ -803,7 +804,7 @@ class Books(Pair):
         self.after_turn()
         must(not self.waiting and ledger.waiters.count == 0, "somebody waits in the end")
         must(not self.limbo, f"{len(self.limbo)} requests were admitted, and never ended")
-        must(not limiter._abandoned, "something was abandoned")
+        must(not limiter._late, "something was left for later")
         must(not limiter._impatient, "somebody is to be told of waiters in the end")
         must(ledger._exclusive is None, "the pool is somebody's alone in the end")
         must(ledger.arriving == 0, f"{ledger.arriving} bytes are still arriving in the end")
@@ -837,7 +838,7 @@ class _Lock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
-    def acquire(self, blocking: bool = True) -> bool:
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         if not self._lock.acquire(blocking=False):
             must(not blocking, "the limiter's lock is taken twice")
             return False
@@ -845,6 +846,9 @@ class _Lock:
 
     def release(self) -> None:
         self._lock.release()
+
+    def locked(self) -> bool:
+        return self._lock.locked()
 
     def __enter__(self) -> None:
         self.acquire()

@@ -36,7 +36,7 @@ import math
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import Context
-from functools import cache
+from functools import cache, partial
 from inspect import CORO_CLOSED, getcoroutinestate, iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -98,7 +98,11 @@ class Reclaimer:
         """Ask it no more; once or again, from any thread. A call under way goes on."""
         self._removed = True
         reclaim = self._reclaim
-        with reclaim.limiter._lock:
+        limiter = reclaim.limiter
+        if limiter._is_inside():
+            limiter._do_later(partial(self.remove))
+            return
+        with limiter._lock:
             reclaim.reclaimers = [one for one in reclaim.reclaimers if one is not self]
 
     def __enter__(self) -> Self:

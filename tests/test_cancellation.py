@@ -146,6 +146,7 @@ async def test_cancelled_at_every_step(scenario: Scenario, delay: float) -> None
         pressure=PressurePolicy(threshold=0.01, min_delay_seconds=delay, max_delay_seconds=delay),
     )
     met: set[str] = set()
+    steps = 0
     for _ in range(5):
         steps = finished = 0
         while finished < 10:  # in a row: trio runs its tasks in an order of chance

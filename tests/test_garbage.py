@@ -73,6 +73,12 @@ async def sent(part: Component) -> None:
         await never()
 
 
+async def reclaiming(part: Component) -> None:
+    with part._limiter.add_reclaimer(int):
+        async with part.grant("1MiB"):
+            await never()
+
+
 async def generator(part: Component) -> None:
     def block() -> Iterator[None]:
         with part.grant_nowait("1MiB"):
@@ -85,7 +91,7 @@ async def generator(part: Component) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("block", [entered, alone, shared, sent, generator])
+@pytest.mark.parametrize("block", [entered, alone, shared, sent, reclaiming, generator])
 def test_what_blocks_hold_is_given_back_once(
     limited: MemoryLimiter, block: Block, inside: bool
 ) -> None:
@@ -111,6 +117,7 @@ def assert_nothing_is_left(limiter: MemoryLimiter) -> None:
     assert [part.entered for part in left.components] == [0] * len(left.components)
     assert not limiter._ledger.on_its_way
     assert limiter._ledger._exclusive is None
+    assert left.reclaimers == ()
 
 
 def test_whether_it_is_the_collector_that_calls() -> None:

@@ -1,8 +1,8 @@
 """When memory truly runs out: the example dies bare and finishes bounded, every time.
 
 Each comparison runs once; ``SURVIVE_RUNS=10`` in the environment runs it ten times, and
-``--junit-xml=FILE`` says how high memory was in each. The memory cgroup of 256 MiB and the limit
-of the data segment are real ones, so is the OOM killer.
+``--junit-xml=FILE -o junit_family=xunit1`` says how high memory was in each. The memory cgroup of
+256 MiB and the limit of the data segment are real ones, so is the OOM killer.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -121,6 +122,17 @@ def _go_on() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@contextmanager
+def _noted(signum: int) -> Iterator[list[int]]:
+    """Note a signal, whatever is being done, instead of acting on it."""
+    noted: list[int] = []
+    before = signal.signal(signum, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signum, before)
+
+
 def _chunks(seeds: range) -> Iterator[range]:
     for start in range(seeds.start, seeds.stop, AT_ONCE):
         yield range(start, min(start + AT_ONCE, seeds.stop))
@@ -137,13 +149,16 @@ def campaign(
     failures: list[Failure] = []
     started = told_at = time.monotonic()
     context = get_context("spawn")  # no process inherits what another one has imported
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_go_on) as pool:
+    with (
+        _noted(signal.SIGINT) as interrupted,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_go_on) as pool,
+    ):
         chunks = _chunks(seeds)
         job = partial(_job, backend=backend, keep_going=keep_going)
         running: set[Future[tuple[Counter[str], list[Failure]]]] = set()
         ended = False
         while True:
-            while not ended and len(running) < 2 * jobs:
+            while not ended and not interrupted and len(running) < 2 * jobs:
                 chunk = next(chunks, None)
                 if chunk is None:
                     ended = True
@@ -151,11 +166,7 @@ def campaign(
                     running.add(pool.submit(job, chunk))
             if not running:
                 break
-            try:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                ended = True
-                continue
+            done, running = wait(running, return_when=FIRST_COMPLETED)
             for each in done:
                 counted, failed = each.result()
                 seen += counted

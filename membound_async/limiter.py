@@ -195,7 +195,7 @@ class MemoryLimiter(LimiterState):
         )
         self.registry = ComponentRegistry()
         self._lock = threading.Lock()
-        self._late: deque[partial[None]] = deque()
+        self._late: deque[Callable[[], None]] = deque()
         """What could not be done at once, because it may have come in the midst of something."""
         self._impatient: dict[Account, dict[object, Callable[[], None]]] = {}
         """Who holds something of an account, and is to be told if somebody waits for that."""
@@ -1064,7 +1064,7 @@ class MemoryLimiter(LimiterState):
         """
         return self._lock.locked() and is_collecting()
 
-    def _do_later(self, call: partial[None]) -> None:
+    def _do_later(self, call: Callable[[], None]) -> None:
         """Have something done as soon as nobody has the lock. Takes no lock: from anywhere."""
         self._late.append(call)
         if self._loop is not None:
@@ -1167,7 +1167,7 @@ class MemoryLimiter(LimiterState):
             self._timer = loop.call_later(seconds, partial(self._tick, loop))
 
     def _tick(self, loop: EventLoop) -> None:
-        if loop is not self._loop:  # it was another's limiter since
+        if loop is not self._loop:  # another one is served by now
             return
         self._timer = None
         self._look()
@@ -1262,9 +1262,10 @@ class MemoryLimiter(LimiterState):
         """Read memory and the limit, and let in who fits now."""
         if self._late:
             self._drain()
-        if self._reread_limit is not None and now >= self._limit_look_at:
+        reread = self._reread_limit
+        if reread is not None and now >= self._limit_look_at:
             self._limit_look_at = now + LIMIT_LOOK_SECONDS
-            self._look_at_limit()
+            self._look_at_limit(reread)
         measured = self._gauge.read(now, self._ledger.limit)
         with self._lock:
             settled = self._observe_reading(measured, now)
@@ -1309,12 +1310,11 @@ class MemoryLimiter(LimiterState):
             raise _below_baseline(self._limit, baseline, self._gauge.name)
         return baseline
 
-    def _look_at_limit(self) -> None:
-        reread = self._reread_limit
+    def _look_at_limit(self, reread: Callable[[], int]) -> None:
         try:
-            limit_bytes = self._limit.limit_bytes if reread is None else reread()
-            changed = limit_bytes != self._limit.limit_bytes
-            if changed and self._reread_limit is not None:  # no resize() in another thread since
+            limit_bytes = reread()
+            is_kept = limit_bytes == self._limit.limit_bytes
+            if not is_kept and self._reread_limit is reread:  # no resize() in a thread since
                 self._resize(limit_bytes, self._limit.source)
         except (OSError, InvalidLimit) as error:
             if self._limit_is_read:

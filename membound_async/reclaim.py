@@ -36,7 +36,7 @@ import math
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import Context
-from functools import cache, partial
+from functools import cache
 from inspect import CORO_CLOSED, getcoroutinestate, iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -100,7 +100,7 @@ class Reclaimer:
         reclaim = self._reclaim
         limiter = reclaim.limiter
         if limiter._is_inside():
-            limiter._do_later(partial(self.remove))
+            limiter._do_later(self.remove)
             return
         with limiter._lock:
             reclaim.reclaimers = [one for one in reclaim.reclaimers if one is not self]

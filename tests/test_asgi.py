@@ -35,6 +35,7 @@ from membound_async.integrations.asgi import (
     request_grant,
 )
 from membound_async.testing import ScriptedProbe, VirtualTimeLoop
+from tests.left import assert_nothing_is_left
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -1079,11 +1080,7 @@ async def test_cancelled_at_every_step(scenario, delay):
                     tasks.cancel_scope.cancel()
         snapshot = limiter.statistics()
         assert snapshot.free_bytes + snapshot.drift_bytes == 1000, steps
-        assert (snapshot.grants, snapshot.waiting) == (0, 0), steps
-        assert all(
-            (component.granted_bytes, component.entered) == (0, 0)
-            for component in snapshot.components
-        )
+        assert_nothing_is_left(limiter, steps)
         assert middleware.statistics()[:2] == (0, 0)
         finished = finished + 1 if done else 0
         steps += 1

@@ -25,6 +25,7 @@ from membound_async import (
     testing,
 )
 from membound_async.testing import ScriptedProbe
+from tests.left import assert_nothing_is_left
 
 Scenario = Callable[[MemoryLimiter], Awaitable[None]]
 
@@ -156,11 +157,7 @@ async def test_cancelled_at_every_step(scenario: Scenario, delay: float) -> None
             cancelled = await cancelled_after(steps, scenario, limiter, met)
             snapshot = limiter.statistics()
             assert snapshot.free_bytes + snapshot.drift_bytes == 1000, steps
-            assert (snapshot.grants, snapshot.waiting) == (0, 0), steps
-            assert all(
-                (component.granted_bytes, component.entered) == (0, 0)
-                for component in snapshot.components
-            )
+            assert_nothing_is_left(limiter, steps)
             async with limiter.component("after").grant(100):
                 pass
             steps += 1

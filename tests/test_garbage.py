@@ -18,6 +18,7 @@ import pytest
 from membound_async import Component, MemoryLimiter, ResourceLimits
 from membound_async.garbage import is_collecting
 from membound_async.testing import limiter
+from tests.left import assert_nothing_is_left
 
 Block = Callable[[Component], Coroutine[Any, Any, None]]
 
@@ -109,15 +110,7 @@ def test_what_blocks_hold_is_given_back_once(
         warnings.simplefilter("error")
         asyncio.run(main())
     assert_nothing_is_left(limited)
-
-
-def assert_nothing_is_left(limiter: MemoryLimiter) -> None:
-    left = limiter.statistics()
-    assert (left.granted_bytes, left.in_flight_bytes, left.grants, left.waiting) == (0, 0, 0, 0)
-    assert [part.entered for part in left.components] == [0] * len(left.components)
-    assert not limiter._ledger.on_its_way
-    assert limiter._ledger._exclusive is None
-    assert left.reclaimers == ()
+    assert limited.statistics().reclaimers == ()
 
 
 def test_whether_it_is_the_collector_that_calls() -> None:

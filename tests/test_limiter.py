@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import threading
@@ -958,3 +959,33 @@ async def test_a_tight_loop_lets_other_tasks_run() -> None:
             async with limiter.grant(1):
                 pass
         tasks.cancel_scope.cancel()
+
+
+def test_a_limit_that_is_set_while_it_is_read_again_is_kept() -> None:
+    limiter = testing.limiter("100MiB")
+
+    def read() -> int:
+        limiter.resize("50MiB")  # as another thread may
+        return 200 * MIB
+
+    limiter._reread_limit = read
+    assert limiter.statistics().limit_bytes == 50 * MIB
+    assert limiter._reread_limit is None
+
+
+def test_the_timer_of_a_loop_that_is_served_no_more_does_nothing() -> None:
+    limiter = testing.limiter("100MiB", share=1)
+    everything = limiter.grant_nowait("100MiB")
+
+    async def wait() -> tuple[Any, Any]:
+        with pytest.raises(GrantTimeout):
+            await limiter.grant(1, timeout=0.01)
+        return limiter._loop, limiter._timer
+
+    first, _ = asyncio.run(wait())
+    second, timer = asyncio.run(wait())
+    readings = limiter.statistics().samples
+    limiter._tick(first)
+    assert (limiter._loop, limiter._timer) == (second, timer)
+    everything.release()
+    assert limiter.statistics().samples == readings + 1

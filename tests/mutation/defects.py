@@ -389,8 +389,8 @@ DEFECTS = (
     Defect(
         "a container's limit that was raised is not noticed",
         "limiter.py",
-        "changed = limit_bytes != self._limit.limit_bytes",
-        "changed = limit_bytes < self._limit.limit_bytes",
+        "is_kept = limit_bytes == self._limit.limit_bytes",
+        "is_kept = limit_bytes >= self._limit.limit_bytes",
     ),
     Defect(
         "the first handle gives back what all share",

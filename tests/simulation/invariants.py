@@ -709,7 +709,8 @@ class Books(Pair):
                     must(False, f"{grant} is said to be held")
                 alone += grant._state == ALONE
                 self.count(found, grant._component.path, grant._size, grant._options, shares)
-        for account, nbytes, exclusive, options in (late.args for late in limiter._late):
+        for late in limiter._late:
+            account, nbytes, exclusive, options = late.args  # type: ignore[attr-defined]
             alone += exclusive
             self.count(found, account.name, nbytes, options, shares)
         for request, wish in self.limbo.items():
